@@ -1,0 +1,58 @@
+# `make` alone lists the targets. Each prints the commands it runs, so that you can run them without
+# make. Written for GNU make 3.81 (macOS) and BSD tools.
+
+PYTHON ?= python3
+PY := .venv/bin/python
+
+# TORCH: pip arguments that name the torch to install. SYSTEM_TORCH=1: reuse PYTHON's own torch.
+export TORCH SYSTEM_TORCH
+
+.DEFAULT_GOAL := help
+.PHONY: help .venv demo test test-peers lint bench clean FORCE
+
+help: ## this list
+	@echo 'megalite: make demo trains a model with 3D parallelism; make test shows that it is right.'
+	@echo
+	@awk -F ':.*## ' '/^[.a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
+	@echo
+	@echo "  PYTHON=python3.12      which Python makes .venv (3.10 to 3.13)"
+	@echo "  TORCH='torch==2.13.0'  which torch to install: any pip arguments, --index-url too"
+	@echo "  SYSTEM_TORCH=1         reuse the torch (2.11 or later) that PYTHON already has"
+	@echo "  ARGS='-k mesh'         more arguments for demo, test, test-peers, bench"
+
+.venv: .venv/stamp ## the Python environment; every target below makes it if it is not there
+	@echo '.venv is ready: .venv/bin/megalite, or ". .venv/bin/activate" and then megalite'
+
+# A setting on the command line is compared with what .venv was made from; otherwise only a change
+# of requirements.txt calls the set-up again.
+ifneq ($(TORCH)$(SYSTEM_TORCH)$(filter command,$(origin PYTHON)),)
+.venv/stamp: FORCE
+endif
+.venv/stamp: requirements.txt
+	@command -v $(PYTHON) >/dev/null || { \
+	    echo 'set-up: error: no $(PYTHON) on this machine (make PYTHON=python3.12 .venv)'; exit 2; }
+	$(PYTHON) tools/setup_env.py $(if $(filter command environment,$(origin PYTHON)),--this-python)
+
+.venv-peers/stamp: .venv/stamp pyproject.toml
+	$(PY) tools/setup_env.py --peers
+
+demo: .venv/stamp ## raw text to a trained model: tokenizer, data, 8 ranks as TP2 x PP2 x DP2
+	examples/demo.sh $(ARGS)
+
+test: .venv/stamp ## all tests that need no GPU and no other system; lists why any is skipped
+	$(PY) -m pytest --ignore=tests/peers --ignore=tests/gpu $(ARGS)
+
+test-peers: .venv-peers/stamp ## compares with the real tokenizers and TensorBoard
+	.venv-peers/bin/python -m pytest tests/peers $(ARGS)
+
+lint: .venv/stamp ## ruff (rules and format) and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+bench: .venv/stamp ## times a training step (ARGS=--help lists the choices)
+	$(PY) tools/bench_train.py $(ARGS)
+
+clean: ## removes caches and build products; keeps runs/ and the environments
+	rm -rf build megalite.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find megalite tests tools examples -type d -name __pycache__ -prune -exec rm -rf {} +

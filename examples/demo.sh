@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# From raw text to a trained model on this machine: the steps of `make demo`, each of which can be
+# run by hand.
+#
+# Everything is written to runs/demo. A step is skipped when its output is there and newer than its
+# input, and training goes on from the last checkpoint; `rm -r runs/demo` starts anew. Flags given
+# to this script go to `megalite pretrain`.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+python=.venv/bin/python
+[ -x "$python" ] || python=${PYTHON:-python3}
+demo=runs/demo
+
+# step OUTPUT INPUT COMMAND...: prints and runs COMMAND unless OUTPUT is up to date. Every OUTPUT is
+# put in place by a rename once it is whole, so one that exists is complete.
+step() {
+    local output=$1 input=$2
+    shift 2
+    if [ -s "$output" ] && { [ -z "$input" ] || [ ! "$input" -nt "$output" ]; }; then
+        echo "= $output is there"
+        return
+    fi
+    echo "+ megalite $*"
+    "$python" -m megalite "$@"
+}
+
+# The layout of the recipe is for 8 ranks. On a machine with fewer GPUs than that it shrinks to one
+# rank a GPU, first in the data, then in the pipeline, then in the tensor axis. Without a GPU the 8
+# ranks are 8 CPU processes.
+gpus=0
+if nvidia-smi -L >/dev/null 2>&1; then
+    gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+fi
+case $gpus in
+    1) ranks=1 layout=(--tp 1 --pp 1 --dp 1) ;;
+    2 | 3) ranks=2 layout=(--tp 2 --pp 1 --dp 1) ;;
+    4 | 5 | 6 | 7) ranks=4 layout=(--tp 2 --pp 2 --dp 1) ;;
+    *) ranks=8 layout=() ;;
+esac
+
+step $demo/corpus/corpus.json "" corpus --out $demo/corpus
+step $demo/tokenizer.json $demo/corpus/train.jsonl \
+    tokenizer train --input $demo/corpus/train.jsonl --vocab-size 2048 --out $demo/tokenizer.json
+for part in train valid; do
+    step $demo/data/$part.idx $demo/tokenizer.json preprocess --input $demo/corpus/$part.jsonl \
+        --tokenizer $demo/tokenizer.json --out $demo/data/$part
+done
+
+if ls -d $demo/checkpoints/step-* >/dev/null 2>&1; then layout+=(--resume); fi
+# bash 3.2 (macOS) takes an empty array for an unset one, hence the odd expansion.
+command=(examples/launch.sh $ranks pretrain --recipe demo ${layout[@]+"${layout[@]}"} ${1+"$@"})
+echo "+ ${command[*]}"
+exec "${command[@]}"

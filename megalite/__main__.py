@@ -1,0 +1,193 @@
+"""The front door: `megalite <verb> ...`, one table of verbs and one place where errors are printed.
+
+The rooms behind a verb are imported once its arguments are read, so that --help is quick. This file
+reads argv and the environment and passes the values down. What a verb does: see its row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import shlex
+import sys
+import sysconfig
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import megalite
+from megalite.core.errors import RunError, UserError
+
+INTERRUPTED = 130  # 128 + SIGINT, as a shell says it
+PIPE_CLOSED = 141  # 128 + SIGPIPE
+
+
+@dataclass(frozen=True)
+class Verb:
+    """What a verb reads and what it calls, each as `module:name`."""
+
+    about: str
+    schema: str
+    function: str
+
+
+VERBS: dict[str, Verb] = {
+    "corpus": Verb(
+        about="collect the default corpus from this machine's own Python library",
+        schema="megalite.data.corpus:CorpusArgs",
+        function="megalite.data.corpus:build_corpus",
+    ),
+    "tokenizer train": Verb(
+        about="learn a byte-level BPE vocabulary from text",
+        schema="megalite.data.bpe:TokenizerTrainArgs",
+        function="megalite.data.bpe:train_tokenizer",
+    ),
+    "tokenizer show": Verb(
+        about="show how a tokenizer cuts a text",
+        schema="megalite.data.tokenizer:TokenizerShowArgs",
+        function="megalite.data.tokenizer:show_tokenizer",
+    ),
+    "preprocess": Verb(
+        about="turn text into the indexed tokens that training reads",
+        schema="megalite.data.preprocess:PreprocessArgs",
+        function="megalite.data.preprocess:preprocess",
+    ),
+    "pretrain": Verb(
+        about="train a model, under torchrun where the layout has more than one rank",
+        schema="megalite.core.config:Config",
+        function="megalite.train.pretrain:pretrain",
+    ),
+    "generate": Verb(
+        about="go on from a prompt with a trained model",
+        schema="megalite.generate.command:GenerateArgs",
+        function="megalite.generate.command:generate",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code; an error is one line, printed once a host."""
+    try:
+        code = _run(list(sys.argv[1:] if argv is None else argv), os.environ)
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        _complain(f"megalite: error: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        _complain("megalite: interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Nobody reads any more; without this the interpreter complains when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _complain(f"megalite: error: {error.filename}: {error.strerror}")
+        return RunError.exit_code
+
+
+def _complain(text: str) -> None:
+    """Print one line, on the first rank of each host alone: the others would say the same."""
+    local_rank = os.environ.get("LOCAL_RANK", os.environ.get("RANK", ""))
+    if not local_rank.isdigit() or int(local_rank) == 0:
+        print(" ".join(text.splitlines()), file=sys.stderr, flush=True)
+
+
+def _run(argv: list[str], environment: Mapping[str, str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0 if argv else UserError.exit_code
+    if argv[0] == "--version":
+        print(f"megalite {megalite.__version__}")
+        return 0
+    name, rest = _split(argv)
+    if name == "pretrain":
+        return _pretrain(rest, environment)
+    from megalite.core.cli import parse
+
+    verb = VERBS[name]
+    args = parse(rest, _load(verb.schema), prog=f"megalite {name}")
+    if name == "corpus" and not args.stdlib:
+        args = dataclasses.replace(args, stdlib=sysconfig.get_path("stdlib"))
+    if (size := environment.get("WORLD_SIZE", "1")) != "1":
+        raise UserError(f"{name}: is one process, but WORLD_SIZE={size} (run it without torchrun)")
+    _load(verb.function)(args)
+    return 0
+
+
+def _pretrain(argv: list[str], environment: Mapping[str, str]) -> int:
+    from megalite.core.check import check_paths
+    from megalite.core.cli import parse
+    from megalite.core.config import Config
+    from megalite.core.world import World
+    from megalite.models.presets import PRESETS
+    from megalite.train.recipes import RECIPES
+
+    config = parse(argv, Config, models=PRESETS, recipes=RECIPES, prog="megalite pretrain")
+    world = World.from_environment(environment)
+    layout = config.layout
+    needed = layout.tp * layout.pp * layout.cp * (layout.dp or 1)
+    size = world.size if world.launched else needed
+    if config.train.dry_run:
+        size = config.train.world or size
+    config.check(size)
+    check_paths(config)
+    if config.train.dry_run:
+        if world.rank == 0:
+            _load("megalite.train.dry_run:dry_run")(config, size)
+        return 0
+    if needed > 1 and not world.launched:
+        _say_how_to_launch(needed, argv)
+        return UserError.exit_code
+    _load(VERBS["pretrain"].function)(config, world)
+    return 0
+
+
+def _say_how_to_launch(ranks: int, argv: Sequence[str]) -> None:
+    command = shlex.join(["pretrain", *argv])
+    _complain(
+        f"megalite: error: the layout needs {ranks} ranks, and this is one process; run one of"
+    )
+    _complain(f"  examples/launch.sh {ranks} {command}")
+    _complain(f"  torchrun --standalone --nproc-per-node {ranks} -m megalite {command}")
+
+
+def _split(argv: list[str]) -> tuple[str, list[str]]:
+    """The verb, of one word or two, and what follows it."""
+    for words in (2, 1):
+        name = " ".join(argv[:words])
+        if len(argv) >= words and name in VERBS:
+            return name, argv[words:]
+    seconds = [name.split()[1] for name in VERBS if name.startswith(argv[0] + " ")]
+    if seconds:
+        found = f"unknown {argv[0]} verb {argv[1]!r}; " if len(argv) > 1 else ""
+        raise UserError(f"{argv[0]}: {found}use {argv[0]} {' or '.join(seconds)}")
+    from megalite.core.check import unknown
+
+    raise UserError(unknown("verb", argv[0], dict.fromkeys(name.split()[0] for name in VERBS)))
+
+
+def _overview() -> str:
+    width = max(len(name) for name in VERBS)
+    rows = [f"  {name:{width}}  {verb.about}" for name, verb in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: megalite VERB ...   (megalite VERB --help lists what it takes)",
+            "",
+            *rows,
+            "",
+            "  --version, --help",
+        ]
+    )
+
+
+def _load(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

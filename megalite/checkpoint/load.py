@@ -1,0 +1,92 @@
+"""Reads a checkpoint into any layout: each rank asks for its own boxes and takes the overlaps it finds.
+
+The saving layout plays no part: boxes are in whole-tensor coordinates on both sides. Next: save.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from megalite.checkpoint.manifest import Manifest, SavedTensor
+from megalite.core.errors import CheckpointError
+from megalite.core.params import traits_of
+from megalite.core.shard import Box, box_shape, overlap, shift, slices
+from megalite.optim.optimizer import Optimizer
+
+
+class Reader:
+    """The tensors of one step directory, by name and box."""
+
+    def __init__(self, directory: Path, manifest: Manifest):
+        self.directory, self.manifest = directory, manifest
+        self._open: dict[str, safe_open] = {}
+
+    def fill(self, target: Tensor, name: str, box: Box, shape: tuple[int, ...]) -> None:
+        """Copy `box` of the whole tensor `name` into `target`, of the box's shape.
+
+        Raises CheckpointError if the tensor is not there, has another shape than `shape`, or has a hole.
+        """
+        saved = self._find(name, shape)
+        filled = 0
+        for part in saved.boxes:
+            both = overlap(box, part.box)
+            if both is None:
+                continue
+            numbers = self._slice(part.file, part.key, shift(both, part.box, _origin(part.box)))
+            target[slices(shift(both, box, _origin(box)))].copy_(numbers)
+            filled += prod(box_shape(both))
+        if filled != prod(box_shape(box)):
+            raise CheckpointError(f"{self.directory}: {name}: {filled} of {prod(box_shape(box))} numbers found")
+
+    def _find(self, name: str, shape: tuple[int, ...]) -> SavedTensor:
+        saved = self.manifest.tensors.get(name)
+        if saved is None:
+            raise CheckpointError(f"{self.directory}: {name} is not in this checkpoint (another model?)")
+        if saved.shape != shape:
+            raise CheckpointError(
+                f"{self.directory}: {name}: checkpoint is {list(saved.shape)}, model wants {list(shape)}"
+            )
+        return saved
+
+    def _slice(self, file: str, key: str, box: Box) -> Tensor:
+        try:
+            if file not in self._open:
+                self._open[file] = safe_open(self.directory / file, framework="pt")
+            return self._open[file].get_slice(key)[slices(box)]
+        except (OSError, SafetensorError) as e:
+            raise CheckpointError(f"{self.directory / file}: cannot be read: {e} (file damaged)") from None
+
+
+def _origin(box: Box) -> Box:
+    return tuple((0, hi - lo) for lo, hi in box)
+
+
+@torch.no_grad()
+def load_weights(reader: Reader, params: Mapping[str, nn.Parameter]) -> None:
+    """Fill every parameter's local tensor; padding rows become zero."""
+    for name, param in params.items():
+        traits = traits_of(param)
+        param.zero_()
+        for piece in traits.shard.pieces(traits.axes):
+            reader.fill(param[slices(piece.local)], f"weights/{name}", piece.whole, traits.shard.shape)
+
+
+@torch.no_grad()
+def load_optimizer(reader: Reader, optimizer: Optimizer) -> None:
+    """Fill masters and optimizer state of this rank's ranges, tied copies and replicas included."""
+    zero = optimizer.zero
+    axes = zero.mesh.axes
+    for idx, bucket in enumerate(zero.buckets):
+        base, end = zero.updated_range(bucket)
+        for kind, flat in optimizer.numbers(idx).items():
+            for part in bucket.layout.boxes((base, end), lambda slot: slot.shard.pieces(axes)):
+                name = f"{kind}/{part.slot.name}"
+                reader.fill(part.of(flat, base), name, part.whole, part.slot.shard.shape)
+    optimizer.step_count = reader.manifest.optimizer_steps
+    optimizer.write_params()

@@ -1,0 +1,166 @@
+"""What a checkpoint directory says of itself: one self-hashed JSON file, readable without ranks or torch.
+
+A step directory holds shard files (safetensors) and MANIFEST.json, which names every tensor of the *whole*
+model with the boxes it was saved in (box, file, key) and every file with its size and sha256. It is written
+last and the directory is renamed into place, so a directory with a name is whole. Next: save.py, load.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megalite.core.errors import CheckpointError
+
+NAME = "MANIFEST.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class SavedBox:
+    """One box of a tensor in whole-tensor coordinates, and where its numbers are."""
+
+    box: tuple[tuple[int, int], ...]
+    file: str
+    key: str
+
+
+@dataclass(frozen=True)
+class SavedTensor:
+    """A tensor of the whole model: `weights/NAME`, `exp_avg/NAME`, ..."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    boxes: tuple[SavedBox, ...]
+
+
+@dataclass(frozen=True)
+class SavedFile:
+    """A shard file's size in bytes and sha256."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything but the numbers."""
+
+    step: int
+    samples: int
+    """Samples consumed: the whole state of the loader."""
+    tokens: int
+    optimizer_steps: int
+    config: dict[str, Any]
+    """The run's Config."""
+    made_with: dict[str, Any]
+    """Versions, threads and layout: what bitwise equality depends on."""
+    tensors: dict[str, SavedTensor] = field(default_factory=dict)
+    files: dict[str, SavedFile] = field(default_factory=dict)
+
+
+def to_json(manifest: Manifest) -> str:
+    """The manifest with the sha256 of everything else in it."""
+    tree = {"format": FORMAT, **asdict(manifest)}
+    tree["sha256"] = _digest(tree)
+    return json.dumps(tree, indent=1, sort_keys=True) + "\n"
+
+
+def read(directory: Path) -> Manifest:
+    """The manifest of a step directory. Raises CheckpointError unless it is whole and unchanged."""
+    path = directory / NAME
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        claimed = tree.pop("sha256")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: not there (an unfinished save, or not a checkpoint)") from None
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as e:
+        raise CheckpointError(f"{path}: cannot be read: {e} (file damaged)") from None
+    if claimed != _digest(tree):
+        raise CheckpointError(f"{path}: does not match its own sha256 (file damaged)")
+    if tree.pop("format") != FORMAT:
+        raise CheckpointError(f"{path}: format is not {FORMAT} (written by another version)")
+    tree["tensors"] = {name: _tensor(t) for name, t in tree["tensors"].items()}
+    tree["files"] = {name: SavedFile(**f) for name, f in tree["files"].items()}
+    return Manifest(**tree)
+
+
+def check_files(directory: Path, manifest: Manifest) -> None:
+    """Raise CheckpointError unless every file is there with its size and sha256."""
+    for name, saved in sorted(manifest.files.items()):
+        path = directory / name
+        if Path(name).name != name or not path.is_file():
+            raise CheckpointError(f"{path}: missing (the manifest lists it)")
+        if path.stat().st_size != saved.size:
+            raise CheckpointError(f"{path}: {path.stat().st_size} bytes, the manifest says {saved.size}")
+        if file_sha256(path) != saved.sha256:
+            raise CheckpointError(f"{path}: sha256 differs from the manifest (file damaged)")
+
+
+def step_dirs(root: Path) -> list[Path]:
+    """The step directories of a run, newest first."""
+    if not root.is_dir():
+        return []
+    found = [d for d in root.iterdir() if re.fullmatch(r"step-\d{8,}", d.name) and d.is_dir()]
+    return sorted(found, key=lambda d: int(d.name[5:]), reverse=True)
+
+
+def newest(path: Path) -> tuple[Path, Manifest, list[str]]:
+    """The newest valid checkpoint of a run directory, or that step directory itself.
+
+    Gives also the reasons for which newer ones were passed over. Raises CheckpointError if there is none.
+    """
+    if (path / NAME).exists() or re.fullmatch(r"step-\d{8,}", path.name):
+        manifest = read(path)
+        check_files(path, manifest)
+        return path, manifest, []
+    passed_over: list[str] = []
+    for directory in step_dirs(path / "checkpoints"):
+        try:
+            manifest = read(directory)
+            check_files(directory, manifest)
+            return directory, manifest, passed_over
+        except CheckpointError as e:
+            passed_over.append(str(e))
+    if passed_over:
+        raise CheckpointError(passed_over[0])
+    what = "no checkpoint found" if path.is_dir() else "no such directory"
+    raise CheckpointError(f"{path}: {what} (expected a run directory, or one of its checkpoints/step-*)")
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _slow(f)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory last: without it a power cut may forget a rename."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _slow(f: Any) -> str:
+    digest = hashlib.sha256()
+    while block := f.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _digest(tree: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def _tensor(tree: dict[str, Any]) -> SavedTensor:
+    boxes = tuple(
+        SavedBox(tuple((lo, hi) for lo, hi in b["box"]), b["file"], b["key"]) for b in tree["boxes"]
+    )
+    return SavedTensor(tuple(tree["shape"]), tree["dtype"], boxes)

@@ -1,0 +1,344 @@
+"""What a Config may hold: the range of every number, and which fields can run together.
+
+Functions of the record and the world size alone (`check_paths` also looks at this host's disk), so
+every rank raises the same text before any collective. cli.py asks `check_value` about each flag as
+it was typed; `Config.check` asks the rest. Not here: what needs a device (train/build.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+import types
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+from megalite.core.errors import DataError, UserError
+from megalite.schedule.generators import SCHEDULES
+
+if TYPE_CHECKING:
+    from megalite.core.config import Config, ModelConfig
+
+LARGEST_INT = 2**31 - 1  # divisors() walks to the square root, and no count of ours comes near it
+LARGEST_SEED = 2**63 - 1
+
+RULES: dict[str, Callable[[float], bool]] = {
+    "> 0": lambda x: x > 0,
+    ">= 0": lambda x: x >= 0,
+    ">= 1": lambda x: x >= 1,
+    "in [0, 1)": lambda x: 0 <= x < 1,
+    "in (0, 1]": lambda x: 0 < x <= 1,
+    "in [0, 1]": lambda x: 0 <= x <= 1,
+}
+# Rule -> the fields that obey it. A number of Config that is named nowhere here fails a test.
+FIELDS: dict[str, str] = {
+    "> 0": "norm_eps rope_theta logit_soft_cap attention_soft_cap init_std bucket_mb lr eps "
+    "temperature",
+    ">= 0": "zero warmup_steps weight_decay clip_grad seed eval_interval save_interval",
+    ">= 1": "num_layers hidden_size num_heads num_kv_heads ffn_hidden_size vocab_size seq_len "
+    "sliding_window tp pp cp dp vpp micro_batch_size global_batch_size train_steps log_interval "
+    "eval_samples world max_tokens top_k num_samples",
+    "in [0, 1)": "dropout attention_dropout beta1 beta2",
+    "in (0, 1]": "wsd_decay_share top_p",
+    "in [0, 1]": "min_lr_ratio",
+}
+RULE_OF = {name: rule for rule, names in FIELDS.items() for name in names.split()}
+
+
+def flag(name: str) -> str:
+    """The flag of a field, as every error spells it: `hidden_size` gives `--hidden-size`."""
+    return "--" + name.replace("_", "-")
+
+
+def divisors(n: int) -> list[int]:
+    """All divisors of n > 0, in order."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
+
+
+def choices(values: Iterable[object]) -> str:
+    """`1, 2, 4`, as an error lists them."""
+    return ", ".join(str(v) for v in values)
+
+
+def nearest(values: Iterable[int], to: int, count: int = 8) -> list[int]:
+    """The `count` values nearest to `to`, in order."""
+    return sorted(sorted(values, key=lambda v: abs(v - to))[:count])
+
+
+def multiples_near(n: int, step: int) -> list[int]:
+    """The multiples of `step` just below and above n, 0 left out."""
+    below = n // step * step
+    return [m for m in (below, below + step) if m]
+
+
+def unknown(what: str, value: str, names: Iterable[str]) -> str:
+    """The text for a name that is in no table: its nearest neighbour and all that are."""
+    known = list(names)
+    close = difflib.get_close_matches(value.lower(), known, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"unknown {what} {value!r} ({hint}known: {', '.join(known)})"
+
+
+# -- one field ---------------------------------------------------------------------------------
+
+
+def kinds_of(hint: Any) -> tuple[list[Any], bool]:
+    """The types a hint allows without None, and whether it allows None."""
+    bare = _without_marks(hint)
+    is_union = get_origin(bare) in (Union, types.UnionType)
+    members = [_without_marks(m) for m in get_args(bare)] if is_union else [bare]
+    return [m for m in members if m is not type(None)], type(None) in members
+
+
+def _without_marks(hint: Any) -> Any:
+    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
+
+
+def expected(kind: Any) -> str:
+    """What a value of this kind looks like, for `expected ...`."""
+    if get_origin(kind) is Literal:
+        return f"one of {choices(get_args(kind))}"
+    if get_origin(kind) is tuple:
+        return f"{'integers' if get_args(kind)[0] is int else 'values'} as 3,3,2,2"
+    names = {
+        int: "an integer",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        Path: "a path",
+    }
+    return names.get(kind, getattr(kind, "__name__", str(kind)))
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is_of(v, get_args(kind)[0]) for v in value)
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return not isinstance(kind, type) or isinstance(value, kind)
+
+
+def check_value(name: str, value: Any, hint: Any, *, label: str = "") -> None:
+    """Raise UserError unless `value` has the type and lies in the range of the field `name`.
+
+    `label` is how the text begins: what the user typed, where that says more (1e400 is inf).
+    """
+    kinds, may_be_none = kinds_of(hint)
+    if value is None and may_be_none:
+        return
+    label = label or f"{flag(name)} {value}"
+    if not any(_is_of(value, kind) for kind in kinds):
+        raise UserError(f"{label}: expected {expected(kinds[0])}")
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return
+    rule = RULE_OF.get(name)
+    noun = "a finite number" if float in kinds else "an integer"
+    if not math.isfinite(value) or (rule is not None and not RULES[rule](value)):
+        raise UserError(f"{label}: must be {noun}{f' {rule}' if rule else ''}")
+    largest = LARGEST_SEED if name == "seed" else LARGEST_INT
+    if int in kinds and abs(value) > largest:
+        raise UserError(f"{label}: must be at most {largest}")
+
+
+def check_fields(record: Any) -> None:
+    """Raise UserError unless each field of a flat dataclass has its type and lies in its range."""
+    hints = get_type_hints(type(record))
+    for field in dataclasses.fields(record):
+        value = getattr(record, field.name)
+        check_value(field.name, value, hints[field.name])
+        if value == "" and field.default != "":
+            raise UserError(f"{flag(field.name)}: must not be empty")
+
+
+# -- fields together ---------------------------------------------------------------------------
+
+
+def check_model(model: ModelConfig) -> None:
+    """Raise UserError unless the shape fits itself, before any cut."""
+    heads, kv_heads, hidden = model.num_heads, model.kv_heads, model.hidden_size
+    if hidden % heads:
+        allowed = choices(nearest(divisors(hidden), to=heads))
+        raise UserError(
+            f"--num-heads {heads}: --hidden-size {hidden} is not divisible by {heads} "
+            f"(allowed: {allowed})"
+        )
+    if heads % kv_heads:
+        allowed = choices(divisors(heads))
+        raise UserError(
+            f"--num-kv-heads {kv_heads}: does not divide --num-heads {heads} (allowed: {allowed})"
+        )
+    if model.position == "rope" and model.head_dim % 2:
+        raise UserError(
+            f"--position rope: needs an even head size, but --hidden-size {hidden} / --num-heads "
+            f"{heads} = {model.head_dim} (change one of them, or use --position learned)"
+        )
+
+
+def check_layout(config: Config, world_size: int) -> None:
+    """Raise UserError unless the layout fits the world, the model and the batch."""
+    _check_world(config, world_size)
+    _check_tp(config)
+    _check_stages(config)
+    lay, train = config.layout, config.train
+    if lay.zero > 1:
+        raise UserError(f"--zero {lay.zero}: stages 0 and 1 exist (use 0 or 1)")
+    step = train.micro_batch_size * config.data_ranks(world_size)
+    batch = train.global_batch_size
+    if batch % step:
+        raise UserError(
+            f"--global-batch-size {batch}: not a multiple of --micro-batch-size "
+            f"{train.micro_batch_size} * dp {config.data_ranks(world_size)} = {step} "
+            f"(nearest: {choices(multiples_near(batch, step))})"
+        )
+
+
+def _check_world(config: Config, world_size: int) -> None:
+    lay = config.layout
+    if lay.cp > 1:
+        raise UserError(f"--cp {lay.cp}: sequences are not cut over ranks yet (use --cp 1)")
+    model_ranks = lay.tp * lay.pp * lay.cp
+    product = f"{lay.tp}*{lay.pp}*{lay.cp}"
+    if world_size % model_ranks:
+        worlds = " or ".join(str(w) for w in multiples_near(world_size, model_ranks))
+        raise UserError(
+            f"layout: world size {world_size} is not divisible by tp*pp*cp = {product} = "
+            f"{model_ranks} (use --nproc-per-node {worlds}, or change --tp or --pp)"
+        )
+    if lay.dp is not None and model_ranks * lay.dp != world_size:
+        raise UserError(
+            f"--dp {lay.dp}: tp*pp*cp*dp = {product}*{lay.dp} = {model_ranks * lay.dp}, but the "
+            f"world has {world_size} ranks (use --dp {world_size // model_ranks}, or leave it out)"
+        )
+
+
+def _check_tp(config: Config) -> None:
+    model, lay = config.model, config.layout
+    tp, kv_heads = lay.tp, model.kv_heads
+    fits = [
+        t
+        for t in divisors(math.gcd(model.num_heads, model.ffn))
+        if kv_heads % t == 0 or t % kv_heads == 0
+    ]
+    allowed = f"(allowed: {choices(fits)})"
+    if model.num_heads % tp:
+        raise UserError(
+            f"--tp {tp}: --num-heads {model.num_heads} is not divisible by {tp} {allowed}"
+        )
+    if kv_heads % tp and tp % kv_heads:
+        raise UserError(
+            f"--tp {tp}: no divisor and no multiple of --num-kv-heads {kv_heads} {allowed}"
+        )
+    if model.ffn % tp:
+        raise UserError(
+            f"--tp {tp}: --ffn-hidden-size {model.ffn} is not divisible by {tp} {allowed}"
+        )
+    if lay.sequence_parallel and model.seq_len % tp:
+        raise UserError(
+            f"--seq-len {model.seq_len}: sequence parallelism cuts it over --tp {tp} "
+            f"(nearest: {choices(multiples_near(model.seq_len, tp))}; or --no-sequence-parallel)"
+        )
+
+
+def _check_stages(config: Config) -> None:
+    lay, layers = config.layout, config.model.num_layers
+    if lay.schedule not in SCHEDULES:
+        raise UserError(unknown("--schedule", lay.schedule, SCHEDULES))
+    if lay.vpp > 1 and lay.schedule != "interleaved":
+        raise UserError(f"--vpp {lay.vpp}: needs --schedule interleaved (got {lay.schedule})")
+    if lay.vpp > 1 and lay.pp == 1:
+        raise UserError(f"--vpp {lay.vpp}: needs --pp above 1 (got 1)")
+    stages = lay.pp * lay.vpp
+    if stages > layers:
+        # Only a vpp that fits some pp above 1 leaves a pp to name.
+        largest = layers // lay.vpp
+        way = (
+            f"the largest --pp is {largest}"
+            if largest > 1 or lay.vpp == 1
+            else "use a smaller --vpp"
+        )
+        raise UserError(
+            f"--pp {lay.pp}: {lay.pp} * vpp {lay.vpp} = {stages} stages, but the model has "
+            f"{layers} layers ({way})"
+        )
+    if lay.pp_layers is None:
+        return
+    shown = "--pp-layers " + ",".join(str(n) for n in lay.pp_layers)
+    if any(not 1 <= n <= LARGEST_INT for n in lay.pp_layers):
+        raise UserError(f"{shown}: each stage needs at least 1 layer")
+    if len(lay.pp_layers) != stages:
+        raise UserError(
+            f"{shown}: names {len(lay.pp_layers)} stages, but --pp {lay.pp} * --vpp {lay.vpp} "
+            f"makes {stages}"
+        )
+    if sum(lay.pp_layers) != layers:
+        raise UserError(f"{shown}: sums to {sum(lay.pp_layers)}, the model has {layers} layers")
+
+
+def check_train(config: Config) -> None:
+    """Raise UserError unless the run's own settings agree."""
+    optim, train = config.optim, config.train
+    if optim.warmup_steps > train.train_steps:
+        raise UserError(
+            f"--warmup-steps {optim.warmup_steps}: more than --train-steps {train.train_steps}"
+        )
+    if train.world is not None and not train.dry_run:
+        raise UserError(
+            f"--world {train.world}: only --dry-run uses it (torchrun says how many ranks run)"
+        )
+    check_precision(train.precision, train.device)
+
+
+def check_precision(precision: str, device: str) -> None:
+    """Raise UserError if the device cannot train in this format.
+
+    train/build.py asks again once it knows what `auto` means here.
+    """
+    if precision == "fp16" and device == "cpu":
+        raise UserError("--precision fp16: not on --device cpu (use bf16 or fp32)")
+
+
+def check_paths(config: Config) -> None:
+    """Raise UserError unless what the run reads is on this host's disk and --out can be written."""
+    data, train = config.data, config.train
+    out = Path(train.out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is a file, a run needs a directory")
+    parent = next(p for p in (out, *out.parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"--out {out}: cannot write in {parent}")
+    for name, prefix in (("data", data.data), ("valid_data", data.valid_data)):
+        if prefix in ("", "synthetic"):
+            continue
+        for end in (".bin", ".idx"):
+            if not Path(prefix + end).is_file():
+                raise DataError(
+                    f"{flag(name)} {prefix}: no file {prefix}{end} "
+                    "(make it with megalite preprocess)"
+                )
+    if data.tokenizer and not Path(data.tokenizer).is_file():
+        raise DataError(
+            f"--tokenizer {data.tokenizer}: no such file (make it with megalite tokenizer train)"
+        )
+    if (
+        train.init_from
+        and not train.init_from.startswith("hf:")
+        and not Path(train.init_from).is_dir()
+    ):
+        raise UserError(f"--init-from {train.init_from}: no such run or checkpoint directory")

@@ -1,0 +1,211 @@
+"""The only door to collectives. Whatever wants to know about communication attaches here, once.
+
+Every function takes the Axis it runs over and must be called by all ranks of that axis, in one order. On an
+axis of one rank it is the identity; on a fake axis it is logged and answered with empty tensors. `*_start`
+forms return a Pending whose `wait()` gives the result. The last four functions are autograd pairs.
+What it is not: point-to-point transfers between pipeline stages (parallel/p2p.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megalite.core.log import Collective
+from megalite.core.mesh import Axis
+
+# n ranks of the axis; dim is the dimension that is cut or gathered
+
+_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+# torch 2.13 renames these two; 2.11 and 2.12 only know the old names.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class Pending:
+    """A collective under way. `wait()` blocks until it has ended and gives its result; a second call is free."""
+
+    def __init__(
+        self, work: dist.Work | None, entry: Collective | None, finish: Callable[[], Tensor]
+    ):
+        self._work, self._entry, self._finish = work, entry, finish
+        self._result: Tensor | None = None
+
+    def wait(self) -> Tensor:
+        if self._result is None:
+            if self._work is not None:
+                self._work.wait()
+            if self._entry is not None:
+                self._entry.completed = True
+            self._result = self._finish()
+            self._work = None
+        return self._result
+
+
+def _done(x: Tensor) -> Pending:
+    return Pending(None, None, lambda: x)
+
+
+def _log(op: str, wire: str, axis: Axis, whole: Tensor) -> Collective:
+    return axis.log.issue(op, wire, axis.name, axis.size, whole.numel() * whole.element_size())
+
+
+def _is_gloo(axis: Axis) -> bool:
+    return axis.group is not None and dist.get_backend(axis.group) == "gloo"
+
+
+def all_reduce_start(x: Tensor, axis: Axis, op: str = "sum") -> Pending:
+    """Begin to sum (or `max`, `min`) `x` over the axis, in place; `x` must be contiguous."""
+    if axis.size == 1:
+        return _done(x)
+    entry = _log("all_reduce", "all_reduce", axis, x)
+    if axis.is_fake:
+        return _done(x)
+    work = dist.all_reduce(x, _OPS[op], group=axis.group, async_op=True)
+    return Pending(work, entry, lambda: x)
+
+
+def all_reduce(x: Tensor, axis: Axis, op: str = "sum") -> Tensor:
+    """Sum (or `max`, `min`) `x` over the axis, in place, and return it."""
+    return all_reduce_start(x, axis, op).wait()
+
+
+def all_gather_start(x: Tensor, axis: Axis, *, out: Tensor | None = None) -> Pending:
+    """Begin to concatenate every rank's `x` along dim 0: [m, ...] -> [n m, ...].
+
+    `out` may be given; `x` may be this rank's part of it (an in-place gather).
+    """
+    if axis.size == 1:
+        return _done(x if out is None or out.data_ptr() == x.data_ptr() else out.copy_(x))
+    x = x.contiguous()
+    whole = x.new_empty((axis.size * x.shape[0], *x.shape[1:])) if out is None else out
+    entry = _log("all_gather", "all_gather", axis, whole)
+    if axis.is_fake:
+        return _done(whole)
+    work = _all_gather_single(whole, x, group=axis.group, async_op=True)
+    return Pending(work, entry, lambda: whole)
+
+
+def all_gather(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
+    """Concatenate every rank's `x` along `dim`."""
+    if dim == 0:
+        return all_gather_start(x, axis).wait()
+    moved = all_gather_start(x.movedim(dim, 0), axis).wait()
+    return moved.movedim(0, dim)
+
+
+def reduce_scatter_start(x: Tensor, axis: Axis, *, out: Tensor | None = None) -> Pending:
+    """Begin to sum `x` over the axis and keep my part along dim 0: [n m, ...] -> [m, ...].
+
+    `x` must not be used by the caller until `wait()` returns. `out` may be given; it may be my part of `x`.
+    """
+    if axis.size == 1:
+        return _done(x)
+    assert x.shape[0] % axis.size == 0, (tuple(x.shape), axis.name, axis.size)
+    x = x.contiguous()
+    mine = x.shape[0] // axis.size
+    # gloo's reduce-scatter costs up to twice its all-reduce; an all-to-all moves half the bytes of that
+    # all-reduce and leaves a sum in rank order.
+    wire = "all_to_all" if _is_gloo(axis) else "reduce_scatter"
+    entry = _log("reduce_scatter", wire, axis, x)
+    result = x.new_empty((mine, *x.shape[1:])) if out is None else out
+    if axis.is_fake:
+        return _done(result)
+    if wire == "all_to_all":
+        parts = torch.empty_like(x)
+        work = dist.all_to_all_single(parts, x, group=axis.group, async_op=True)
+        return Pending(work, entry, lambda: torch.sum(parts.unflatten(0, (axis.size, mine)), 0, out=result))
+    work = _reduce_scatter_single(result, x, group=axis.group, async_op=True)
+    return Pending(work, entry, lambda: result)
+
+
+def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
+    """Sum `x` over the axis and keep my part along dim 0."""
+    return reduce_scatter_start(x, axis).wait()
+
+
+def broadcast(x: Tensor, axis: Axis, src: int = 0) -> Tensor:
+    """Overwrite `x` with that of place `src` on the axis, and return it."""
+    if axis.size > 1:
+        entry = _log("broadcast", "broadcast", axis, x)
+        if not axis.is_fake:
+            dist.broadcast(x, axis.ranks[src], group=axis.group)
+        entry.completed = True
+    return x
+
+
+def any_true(flag: bool, axis: Axis) -> bool:
+    """Whether `flag` holds on any rank of the axis; also a barrier."""
+    device = "cuda" if axis.group is not None and not _is_gloo(axis) else "cpu"
+    return bool(all_reduce(torch.tensor([float(flag)], device=device), axis, op="max").item())
+
+
+def barrier(axis: Axis) -> None:
+    """Wait for every rank of the axis."""
+    any_true(False, axis)
+
+
+class _Replicate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, axis):
+        ctx.axis = axis
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return all_reduce(grad.clone(memory_format=torch.contiguous_format), ctx.axis), None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, axis):
+        return all_reduce(x.clone(memory_format=torch.contiguous_format), axis)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, axis):
+        ctx.axis = axis
+        return all_gather(x, axis) if axis.size > 1 else x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return reduce_scatter(grad, ctx.axis), None
+
+
+class _ScatterSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, axis):
+        ctx.axis = axis
+        return reduce_scatter(x, axis) if axis.size > 1 else x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return all_gather(grad, ctx.axis), None
+
+
+def replicate(x: Tensor, axis: Axis) -> Tensor:
+    """`x` as it is; backward sums the gradients over the axis (Megatron's f)."""
+    return _Replicate.apply(x, axis)
+
+
+def reduce(x: Tensor, axis: Axis) -> Tensor:
+    """The sum of `x` over the axis; backward passes the gradient on (Megatron's g)."""
+    return _Reduce.apply(x, axis)
+
+
+def gather(x: Tensor, axis: Axis) -> Tensor:
+    """[m, ...] -> [n m, ...] along dim 0; backward sums and scatters."""
+    return _Gather.apply(x, axis)
+
+
+def scatter_sum(x: Tensor, axis: Axis) -> Tensor:
+    """The sum of `x` over the axis, my part along dim 0; backward gathers."""
+    return _ScatterSum.apply(x, axis)

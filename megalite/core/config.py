@@ -1,0 +1,247 @@
+"""The whole run as one frozen record. Nobody writes to it after parsing; the rest are properties.
+
+Every field is a flag of the same name (`hidden_size` is `--hidden-size`), a key of `config.json`
+and the word used in errors; the docstring under a field is its help text. Field names are unique
+over all groups. Ranges and cross-field rules: core/check.py.
+Not here: presets (models/presets.py), recipes (train/recipes.py), parsing (core/cli.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from megalite.core.check import check_fields, check_layout, check_model, check_train
+from megalite.core.errors import UserError
+
+PathText = Annotated[str, "path"]
+"""A path kept as text, as config.json has it; the command line expands its `~`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of the model. GPT-2 and LLaMA are two settings of it."""
+
+    num_layers: int = 4
+    """Transformer blocks."""
+    hidden_size: int = 128
+    """Width of the residual stream."""
+    num_heads: int = 4
+    """Query heads."""
+    num_kv_heads: int | None = None
+    """Key and value heads (None: as many as query heads); fewer is grouped-query attention."""
+    ffn_hidden_size: int | None = None
+    """Width inside the MLP (None: 4 x hidden; for swiglu 8/3 x hidden, rounded up to 64s)."""
+    vocab_size: int = 2048
+    """Token ids; a size that tp does not divide is padded, and the padding never predicted."""
+    seq_len: int = 256
+    """Tokens in a training sample, and the longest position."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Normalisation before each half block and at the end."""
+    norm_eps: float = 1e-5
+    """Added to the variance."""
+    activation: Literal["gelu", "gelu-tanh", "swiglu"] = "gelu"
+    """MLP nonlinearity; gelu is the exact erf form, gelu-tanh is GPT-2's."""
+    bias: bool = True
+    """Biases in linears and LayerNorm."""
+    position: Literal["learned", "rope"] = "learned"
+    """Learned absolute positions or rotary ones."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    tie_embeddings: bool = True
+    """The output head is the token table."""
+    sliding_window: int | None = None
+    """Each token attends to this many last tokens, itself included (None: all)."""
+    qk_norm: bool = False
+    """Normalise queries and keys per head."""
+    logit_soft_cap: float | None = None
+    """Squash output logits to cap * tanh(logit / cap) (None: off)."""
+    attention_soft_cap: float | None = None
+    """Squash attention scores likewise (None: off)."""
+    dropout: float = 0.0
+    """Dropout on embeddings and on each half block's output."""
+    attention_dropout: float = 0.0
+    """Dropout on attention probabilities; above 0 takes the explicit softmax path."""
+    init_std: float = 0.02
+    """Spread of initial weights; projections into the residual divide it by sqrt(2 x layers)."""
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def ffn(self) -> int:
+        if self.ffn_hidden_size is not None:
+            return self.ffn_hidden_size
+        return (
+            -(-8 * self.hidden_size // 3 // 64) * 64
+            if self.activation == "swiglu"
+            else 4 * self.hidden_size
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutConfig:
+    """How the model is cut over ranks."""
+
+    tp: int = 1
+    """Tensor parallel ranks: each matrix is cut by column or row."""
+    pp: int = 1
+    """Pipeline parallel ranks: each holds a run of layers."""
+    cp: int = 1
+    """Context parallel ranks: each holds a part of every sequence."""
+    dp: int | None = None
+    """Data parallel ranks (None: all ranks that tp, pp and cp leave)."""
+    vpp: int = 1
+    """Stages a pipeline rank holds; above 1 needs --schedule interleaved."""
+    schedule: str = "1f1b"
+    """Pipeline schedule: gpipe, 1f1b or interleaved."""
+    pp_layers: tuple[int, ...] | None = None
+    """Layers of each stage, as 3,3,2,2 (None: balanced, with embedding and head counted)."""
+    zero: int = 1
+    """ZeRO stage: 0 replicates, 1 cuts the optimizer state over the data parallel ranks."""
+    sequence_parallel: bool = True
+    """Cut norms and residuals over tp along the sequence (does nothing at tp 1)."""
+    bucket_mb: float | None = None
+    """Gradient bucket size in MB (None: 4 on gloo, 64 on NCCL)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is trained on."""
+
+    data: PathText = "synthetic"
+    """Prefix of a .bin/.idx pair of megalite preprocess, or synthetic: a seeded Markov chain."""
+    valid_data: PathText = ""
+    """Prefix of the held-out pair (empty: no held-out loss)."""
+    tokenizer: PathText = ""
+    """tokenizer.json to decode samples and count bytes with (empty: the one beside the data)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimizer and its learning rate."""
+
+    optimizer: Literal["adamw"] = "adamw"
+    """Update rule."""
+    lr: float = 3e-4
+    """Peak learning rate, reached after warmup_steps."""
+    min_lr_ratio: float = 0.1
+    """Final learning rate as a share of the peak."""
+    lr_decay: Literal["cosine", "linear", "wsd", "inverse-square-root", "constant"] = "cosine"
+    """Shape of the decay from the peak."""
+    lr_decay_by: Literal["steps", "tokens"] = "steps"
+    """Measure warmup and decay in steps or in tokens seen."""
+    warmup_steps: int = 0
+    """Steps of linear warmup from 0."""
+    wsd_decay_share: float = 0.2
+    """Share of the run that WSD spends decaying, at its end."""
+    beta1: float = 0.9
+    """Decay of the gradient's running mean."""
+    beta2: float = 0.95
+    """Decay of the squared gradient's running mean."""
+    eps: float = 1e-8
+    """Added to the root of the squared mean."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay on matrices; norms and biases have none."""
+    clip_grad: float = 1.0
+    """Clip the global gradient norm to this (0: never)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The run itself."""
+
+    out: PathText = "runs/pretrain"
+    """Run directory."""
+    resume: bool = False
+    """Go on from the newest valid checkpoint in --out."""
+    init_from: PathText = ""
+    """Start from the weights of this run or checkpoint, optimizer and data position fresh."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Number format of weights and matmuls (auto: fp32 on CPU, bf16 on GPU)."""
+    seed: int = 1234
+    """Names every random number of the run."""
+    micro_batch_size: int = 4
+    """Samples one rank runs at once."""
+    global_batch_size: int = 16
+    """Samples of one optimizer step, over all ranks and microbatches."""
+    train_steps: int = 100
+    """Optimizer steps."""
+    log_interval: int = 10
+    """Steps between console lines (metrics.jsonl has every step)."""
+    eval_interval: int = 100
+    """Steps between held-out losses and samples (0: never)."""
+    eval_samples: int = 64
+    """Held-out samples of a periodic evaluation; the last one uses all of them."""
+    save_interval: int = 100
+    """Steps between checkpoints, besides the last step (0: only the last)."""
+    sample_prompt: str = "def "
+    """What the printed samples go on from."""
+    ops_backend: Literal["auto", "fused", "torch", "apex"] = "auto"
+    """Kernels of norms, softmax, loss and optimizer."""
+    dry_run: bool = False
+    """Check everything, print layout and memory, start nothing."""
+    world: int | None = None
+    """Ranks to assume in a dry run (None: as many as were started)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run: `config.json` is this record, and a valid starting point of another."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def data_ranks(self, world_size: int) -> int:
+        """Data parallel ranks of a world that `check` accepted."""
+        lay = self.layout
+        return lay.dp if lay.dp is not None else world_size // (lay.tp * lay.pp * lay.cp)
+
+    def num_microbatches(self, world_size: int) -> int:
+        """Microbatches one rank runs a step, of a world that `check` accepted."""
+        return self.train.global_batch_size // (
+            self.train.micro_batch_size * self.data_ranks(world_size)
+        )
+
+    def check(self, world_size: int) -> None:
+        """Raise UserError, alike on every rank, unless this can run on `world_size` ranks."""
+        for group in (self.model, self.layout, self.data, self.optim, self.train):
+            check_fields(group)
+        check_model(self.model)
+        check_train(self)
+        check_layout(self, world_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_dict(tree: dict[str, Any]) -> Config:
+        """The Config that `to_dict` gave. Raises UserError on an unknown group or key."""
+        groups = {f.name: type(getattr(Config(), f.name)) for f in dataclasses.fields(Config)}
+        made: dict[str, Any] = {}
+        if not isinstance(tree, dict):
+            raise UserError("config: expected an object of groups")
+        for name, values in tree.items():
+            if name not in groups:
+                raise UserError(f"config: unknown group {name!r} (known: {', '.join(groups)})")
+            if not isinstance(values, dict):
+                raise UserError(f"config {name}: expected an object of fields")
+            known = {f.name for f in dataclasses.fields(groups[name])}
+            if extra := sorted(set(values) - known):
+                raise UserError(
+                    f"config {name}: unknown key {extra[0]!r} (written by another version?)"
+                )
+            fixed = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+            made[name] = groups[name](**fixed)
+        return Config(**made)

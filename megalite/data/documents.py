@@ -1,0 +1,187 @@
+"""Documents from files: .txt (one each), .jsonl and .jsonl.gz (one a line), or a directory of them.
+
+Streams: at most one document is in memory. Whatever is wrong with a file is a DataError that names
+the file, the line and the column.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Literal
+
+from megalite.core.errors import DataError
+from megalite.data.strict_json import kind_of, parse_json, quote
+from megalite.data.tokenizer import replace_surrogates
+
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
+MAX_DOCUMENT_BYTES = 1 << 30
+BOM = b"\xef\xbb\xbf"
+COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK\x03\x04": "zip",
+    b"BZh": "bzip2",
+}
+
+Errors = Literal["strict", "replace"]
+
+
+def find_inputs(path: str | os.PathLike[str]) -> list[Path]:
+    """The files to read, sorted by path. Raises DataError when there is none."""
+    root = Path(path)
+    if not str(path) or not root.exists():
+        raise DataError(
+            f"{path}: no such file or directory" if str(path) else "--input is empty (name a file)"
+        )
+    if root.is_dir():
+        found = sorted(
+            file for file in root.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file()
+        )
+        if not found:
+            raise DataError(f"{path}: no .txt, .jsonl or .jsonl.gz file inside")
+        return found
+    if not root.is_file():
+        raise DataError(f"{path}: is not a regular file")
+    if not root.name.endswith(SUFFIXES):
+        raise DataError(f"{path}: cannot tell what it holds (name it .txt, .jsonl or .jsonl.gz)")
+    return [root]
+
+
+def read_documents(
+    files: Sequence[Path],
+    *,
+    json_key: str = "text",
+    errors: Errors = "strict",
+    advance: Callable[[int], object] | None = None,
+    max_bytes: int = MAX_DOCUMENT_BYTES,
+) -> Iterator[str]:
+    """The texts of `files` in order, empty ones left out; every text has UTF-8 bytes.
+
+    `advance` is told how many more bytes of the files have been read. Raises DataError on the first
+    thing wrong, and at the end when there was no text at all.
+    """
+    count = 0
+    for path in files:
+        told = 0
+        with _open(path) as raw:
+            before = os.fstat(raw.fileno())
+            for text in _read_file(path, raw, json_key, errors, max_bytes):
+                if advance is not None:
+                    advance(raw.tell() - told)
+                    told = raw.tell()
+                if text:
+                    count += 1
+                    yield text
+            after = os.fstat(raw.fileno())
+        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+            raise DataError(
+                f"{path}: changed while it was read (run again when its writer is done)"
+            )
+    if not count:
+        others = f" and {len(files) - 1} more" if len(files) > 1 else ""
+        raise DataError(f"{files[0]}{others}: no text inside")
+
+
+def _open(path: Path) -> IO[bytes]:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _read_file(
+    path: Path, raw: IO[bytes], json_key: str, errors: Errors, max_bytes: int
+) -> Iterator[str]:
+    zipped = path.name.endswith(".gz")
+    start = raw.read(4)
+    raw.seek(0)
+    for magic, kind in COMPRESSED.items():
+        if start.startswith(magic) and not (zipped and kind == "gzip"):
+            way = (
+                "name it .jsonl.gz"
+                if kind == "gzip" and path.suffix == ".jsonl"
+                else "decompress it first"
+            )
+            raise DataError(f"{path}: is {kind} data ({way})")
+    if zipped and start and not start.startswith(b"\x1f\x8b"):
+        raise DataError(f"{path}: is not gzip data (name it .jsonl if it is plain text)")
+    if path.suffix == ".txt":
+        data = raw.read(max_bytes + 1).removeprefix(BOM)
+        _check_size(str(path), len(data), max_bytes)
+        yield _decode_plain(path, data, errors)
+        return
+    stream: IO[bytes] = gzip.GzipFile(fileobj=raw) if zipped else raw  # type: ignore[assignment]
+    for number, line in enumerate(_read_lines(path, stream, max_bytes), start=1):
+        where = f"{path}:{number}"
+        _check_size(where, len(line), max_bytes)
+        if number == 1:
+            line = line.removeprefix(BOM)
+        if line.strip():
+            yield _parse_line(path, number, _decode(where, line, errors), json_key, errors)
+
+
+def _read_lines(path: Path, stream: IO[bytes], max_bytes: int) -> Iterator[bytes]:
+    """Lines, and of a line that is too long its first `max_bytes` + 1 bytes."""
+    try:
+        while line := stream.readline(max_bytes + 1):
+            yield line
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: gzip data is damaged or cut short ({error})") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _check_size(where: str, size: int, max_bytes: int) -> None:
+    if size > max_bytes:
+        raise DataError(f"{where}: a document of more than {max_bytes:,} bytes (split it)")
+
+
+def _decode(where: str, data: bytes, errors: Errors) -> str:
+    try:
+        return data.decode("utf-8", errors)
+    except UnicodeDecodeError as error:
+        wrong = f"byte 0x{data[error.start]:02x} at column {error.start + 1}"
+        raise DataError(f"{where}: {wrong} is not UTF-8 (use --errors replace)") from None
+
+
+def _decode_plain(path: Path, data: bytes, errors: Errors) -> str:
+    """The text of a .txt file; its lines are looked at one by one only to say where it is wrong."""
+    if (at := data.find(b"\0")) >= 0:
+        line = data.count(b"\n", 0, at) + 1
+        raise DataError(
+            f"{path}:{line}: byte 0x00 at offset {at}: not plain text (UTF-16, or binary?)"
+        )
+    try:
+        return data.decode("utf-8", errors)
+    except UnicodeDecodeError as error:
+        number = data.count(b"\n", 0, error.start) + 1
+        begin = data.rfind(b"\n", 0, error.start) + 1
+        line_end = data.find(b"\n", error.start)
+        return _decode(
+            f"{path}:{number}", data[begin : line_end if line_end >= 0 else len(data)], errors
+        )
+
+
+def _parse_line(path: Path, number: int, line: str, json_key: str, errors: Errors) -> str:
+    where = f"{path}:{number}"
+    entry = parse_json(line, str(path), number)
+    if not isinstance(entry, dict):
+        rule = f'expected an object with field "{json_key}"'
+        raise DataError(f"{where}: the line is {kind_of(entry)}, {rule}")
+    if json_key not in entry:
+        has = ", ".join(quote(key) for key in list(entry)[:5]) or "none"
+        fix = f"fields: {has}; choose one with --json-key"
+        raise DataError(f'{where}: no field "{json_key}" ({fix})')
+    text = entry[json_key]
+    if not isinstance(text, str):
+        rule = f"is {kind_of(text)}, expected a string"
+        raise DataError(f'{where}: field "{json_key}" {rule}')
+    clean = replace_surrogates(text)
+    if clean != text and errors == "strict":
+        rule = "has half a surrogate pair (use --errors replace)"
+        raise DataError(f'{where}: field "{json_key}" {rule}')
+    return clean

@@ -1,0 +1,156 @@
+"""Which tokens a rank trains on: a pure function of (seed, number of the sample).
+
+The loader's whole state is one integer, the samples consumed so far; a step takes the next ones of a shuffled
+order that does not depend on any layout. An epoch's order is a keyed permutation, computed per sample: there
+is no shuffle index to build or to store. Not here: the file format (indexed.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from megalite.core import rng
+from megalite.core.call import IGNORE, Call, make_call
+from megalite.core.errors import DataError
+from megalite.core.mesh import Mesh
+
+# s sequence, b micro batch
+
+
+class TokenSource(Protocol):
+    """Something that gives training windows by number."""
+
+    def __len__(self) -> int: ...
+
+    def window(self, idx: int) -> np.ndarray:
+        """Tokens [s + 1] of window `idx`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of s + 1 tokens over one flat stream, each starting where the last one's labels end."""
+
+    tokens: np.ndarray
+    seq_len: int
+
+    def __len__(self) -> int:
+        return (len(self.tokens) - 1) // self.seq_len
+
+    def window(self, idx: int) -> np.ndarray:
+        """Tokens [s + 1] of window `idx`."""
+        start = idx * self.seq_len
+        return self.tokens[start : start + self.seq_len + 1]
+
+
+class Synthetic:
+    """An endless seeded Markov chain with a few likely successors per state: speed without files.
+
+    256 states scattered over the vocabulary; its entropy rate is about 0.9 nats.
+    """
+
+    _STEPS = np.cumsum([0.7, 0.2, 0.08, 0.02])
+
+    def __init__(self, vocab_size: int, seq_len: int, seed: int, length: int = 1 << 40):
+        made = np.random.default_rng(seed)
+        self.seq_len, self.seed, self.length = seq_len, seed, length
+        self.states = made.permutation(vocab_size)[:256]
+        self.successors = made.integers(0, len(self.states), (len(self.states), 4))
+
+    def __len__(self) -> int:
+        return self.length
+
+    def window(self, idx: int) -> np.ndarray:
+        """Tokens [s + 1] of window `idx`."""
+        made = np.random.default_rng([self.seed, idx])
+        branch = np.minimum(np.searchsorted(self._STEPS, made.random(self.seq_len + 1)), 3)
+        state = int(made.integers(len(self.states)))
+        path = np.empty(self.seq_len + 1, dtype=np.int64)
+        for i, b in enumerate(branch):
+            path[i] = state
+            state = int(self.successors[state, b])
+        return self.states[path]
+
+
+class Loader:
+    """Gives this rank's microbatches of any step."""
+
+    def __init__(
+        self,
+        source: TokenSource,
+        mesh: Mesh,
+        *,
+        seed: int,
+        micro_batch_size: int,
+        num_microbatches: int,
+        device: torch.device,
+        sequence_parallel: bool,
+    ):
+        if len(source) == 0:
+            raise DataError("the data holds fewer tokens than one sample needs (use a shorter --seq-len)")
+        self.source, self.mesh, self.seed, self.device = source, mesh, seed, device
+        self.micro_batch_size, self.num_microbatches = micro_batch_size, num_microbatches
+        self.seq_cut = mesh.axis("tp") if sequence_parallel else None
+
+    def step(self, consumed: int) -> list[Call]:
+        """The microbatches of the step that starts after `consumed` samples: microbatches outermost, then dp."""
+        size, dp = self.micro_batch_size, self.mesh.axis("dp")
+        starts = [consumed + (m * dp.size + dp.idx) * size for m in range(self.num_microbatches)]
+        return [self._call(range(start, start + size)) for start in starts]
+
+    def ordered(self, first: int, count: int) -> list[Call]:
+        """Microbatches over windows [first, first + count) as they stand, for evaluation.
+
+        This rank's share of one pass; numbers past the end of the data are there as masked samples.
+        """
+        size, dp = self.micro_batch_size, self.mesh.axis("dp")
+        starts = [first + (m * dp.size + dp.idx) * size for m in range(self.num_microbatches)]
+        stop = min(first + count, len(self.source))
+        return [self._plain_call(start, size, stop) for start in starts]
+
+    def _call(self, numbers: range) -> Call:
+        n = len(self.source)
+        rows = [self.source.window(permuted(k % n, n, rng.key(self.seed, "epoch", k // n))) for k in numbers]
+        return self._make(rows, list(numbers))
+
+    def _plain_call(self, start: int, size: int, stop: int) -> Call:
+        numbers = range(start, start + size)
+        empty = np.full_like(self.source.window(0), IGNORE)
+        rows = [self.source.window(k) if k < stop else empty for k in numbers]
+        return self._make(rows, list(numbers))
+
+    def _make(self, rows: Sequence[np.ndarray], numbers: list[int]) -> Call:
+        both = torch.from_numpy(np.stack(rows).astype(np.int64).T.copy())  # [s + 1, b]
+        both = both.to(self.device, non_blocking=True)
+        samples = torch.tensor(numbers, dtype=torch.int64, device=self.device)
+        return make_call(both[:-1].clamp(min=0), both[1:].contiguous(), samples, seq_cut=self.seq_cut)
+
+
+def permuted(idx: int, n: int, key: int) -> int:
+    """Place `idx` of a keyed permutation of range(n): a four-round Feistel network, walked until inside n.
+
+    Black and Rogaway 2002, "Ciphers with arbitrary finite domains".
+    """
+    half = max(1, (max(1, n - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    at = idx
+    while True:
+        left, right = at >> half, at & mask
+        for turn in range(4):
+            left, right = right, left ^ (_scramble(right ^ (key + turn)) & mask)
+        at = (left << half) | right
+        if at < n:
+            return at
+
+
+def _scramble(x: int) -> int:
+    """SplitMix64's finaliser on plain integers: the same numbers as rng.mix."""
+    x = (x * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return x ^ (x >> 31)

@@ -1,0 +1,94 @@
+"""Causal self-attention with grouped queries, heads cut over tp; fewer kv heads than tp ranks are replicated.
+
+SDPA does the work; attention dropout and score caps take the written-out softmax. A fork's own attention is a
+class with this constructor and forward.
+"""
+
+from __future__ import annotations
+
+from math import sqrt
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megalite.core import rng
+from megalite.core.call import Call
+from megalite.core.config import ModelConfig
+from megalite.core.mesh import Mesh
+from megalite.core.params import gaussian
+from megalite.core.shard import Block
+from megalite.layers.dropout import keep_mask
+from megalite.layers.linear import ColumnLinear, RowLinear
+from megalite.layers.norm import Norm
+from megalite.layers.rope import Rope
+from megalite.ops.softmax import attention_mask, masked_softmax
+
+# s sequence, b micro batch, h hidden, n query heads and m kv heads on this rank, d head_dim
+
+
+class Attention(nn.Module):
+    """[s or s/tp, b, h] -> the same."""
+
+    def __init__(self, cfg: ModelConfig, mesh: Mesh, *, layer: int, seed: int, row_sum: tuple[str, ...]):
+        super().__init__()
+        tp = mesh.axis("tp")
+        q_size, kv_size = cfg.num_heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
+        # With fewer kv heads than ranks, tp.rep ranks share a head and each sees only some of its queries.
+        shared = cfg.kv_heads < tp.size
+        kv = Block(kv_size, ("tp.kv" if shared else "tp", None), ("tp.rep",) if shared else ())
+        blocks = (Block(q_size, ("tp", None)), kv, kv)
+        self.qkv = ColumnLinear(cfg.hidden_size, blocks, tp, bias=cfg.bias, init=gaussian(cfg.init_std))
+        out = gaussian(cfg.init_std / sqrt(2 * cfg.num_layers))
+        self.out = RowLinear(q_size, cfg.hidden_size, tp, bias=cfg.bias, row_sum=row_sum, init=out)
+        self.num_heads, self.head_dim = cfg.num_heads // tp.size, cfg.head_dim
+        self.kv_heads = max(1, cfg.kv_heads // tp.size)
+        self.first_head = tp.idx * self.num_heads
+        self.rope = Rope(cfg) if cfg.position == "rope" else None
+        # Each tp rank normalises its own heads only, whatever the sequence cut.
+        self.q_norm = Norm(cfg.head_dim, cfg, tp, row_sum=("tp",)) if cfg.qk_norm else None
+        self.k_norm = Norm(cfg.head_dim, cfg, tp, row_sum=("tp",)) if cfg.qk_norm else None
+        self.window, self.soft_cap, self.p = cfg.sliding_window, cfg.attention_soft_cap, cfg.attention_dropout
+        self.key = rng.key(seed, "attention dropout", layer)
+
+    def forward(self, x: Tensor, call: Call) -> Tensor:
+        """Project, attend over the whole sequence, project back."""
+        n, m, d = self.num_heads, self.kv_heads, self.head_dim
+        fused = self.qkv(x, call).unflatten(-1, (n + 2 * m, d))  # [s, b, (n + 2m), d]
+        q, k, v = fused.split((n, m, m), dim=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rope is not None:
+            q, k = self.rope(q, call), self.rope(k, call)
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))  # [b, n or m, s, d]
+        written_out = self.soft_cap is not None or (self.p > 0 and call.training)
+        y = self._explicit(q, k, v, call) if written_out else self._sdpa(q, k, v, call)
+        return self.out(y.permute(2, 0, 1, 3).flatten(2), call)  # [b, n, s, d] -> [s, b, n d]
+
+    def _sdpa(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        grouped = self.num_heads != self.kv_heads
+        if self.window is None:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        mask = attention_mask(call.positions, call.positions, self.window)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+
+    def _explicit(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        group = self.num_heads // self.kv_heads
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        scores = q @ k.transpose(-1, -2) / sqrt(self.head_dim)  # [b, n, s, s]
+        if self.soft_cap is not None:
+            scores = self.soft_cap * torch.tanh(scores / self.soft_cap)
+        weights = masked_softmax(scores, attention_mask(call.positions, call.positions, self.window))
+        if self.p > 0 and call.training:
+            heads = torch.arange(self.num_heads, device=q.device) + self.first_head
+            hashed = rng.rows(
+                self.key,
+                call.samples[:, None, None, None],
+                heads[:, None, None],
+                call.positions[:, None],
+            )
+            weights = weights * keep_mask(hashed, call.positions, self.p).to(weights.dtype) / (1 - self.p)
+        return weights @ v
+
+
+ATTENTION = {"softmax": Attention}

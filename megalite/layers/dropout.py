@@ -1,0 +1,24 @@
+"""Dropout whose mask is a pure function of (seed, layer, sample, position, feature): the same at every layout."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from megalite.core import rng
+from megalite.core.call import Call
+
+# r rows of the residual stream on this rank, b micro batch, h hidden
+
+
+def keep_mask(hashed: Tensor, columns: Tensor, p: float) -> Tensor:
+    """Booleans, True with probability 1 - p: `hashed` row keys [..., 1] against `columns` [n] give [..., n]."""
+    return rng.uniform(rng.mix(hashed ^ columns)) >= p
+
+
+def dropout(x: Tensor, p: float, key: int, call: Call) -> Tensor:
+    """Zero each element of `x` [r, b, h] with probability p, and scale the others by 1 / (1 - p)."""
+    if p == 0.0 or not call.training:
+        return x
+    hashed = rng.rows(key, call.samples[None, :, None], call.row_positions[:, None, None])
+    columns = call.positions.new_tensor(range(x.shape[-1]))
+    return x * keep_mask(hashed, columns, p).to(x.dtype).mul_(1.0 / (1.0 - p))

@@ -1,0 +1,157 @@
+"""Column- and row-split linears: one autograd function each, with the collectives of Megatron's f and g inside.
+
+With sequence parallelism (`call.seq_cut`) a column linear gathers its input along s and a row linear
+reduce-scatters its output; without it they all-reduce. In backward the collective of the input gradient runs
+while the weight gradient is computed, or the weight gradient is left in `call.later` for W.
+Shoeybi et al. 2019 (arXiv 1909.08053); Korthikanti et al. 2022 (arXiv 2205.05198).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megalite.core import comm, shard
+from megalite.core.call import Call
+from megalite.core.mesh import Axis
+from megalite.core.params import (
+    add_weight_grad,
+    constant,
+    gaussian,
+    grad_of,
+    landed,
+    new_param,
+)
+
+# s sequence, b micro batch, i inputs, o outputs; s/tp means cut over the tp axis
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.flatten(0, -2)
+
+
+def _weight_grad(weight: nn.Parameter, dy: Tensor, x: Tensor, later: list | None) -> None:
+    job = partial(add_weight_grad, weight, _rows(dy), _rows(x))
+    if later is None:
+        job()
+    else:
+        later.append(job)
+
+
+def _bias_grad(bias: nn.Parameter | None, dy: Tensor) -> None:
+    if bias is not None:
+        grad_of(bias).add_(_rows(dy).sum(0))
+        landed(bias)
+
+
+def _tracked(x: Tensor) -> Tensor:
+    """`x` such that backward reaches the function it is given to.
+
+    Parameters go in a tuple, out of autograd's sight: their gradients are added by hand, once, and autograd
+    would call their hooks a second time.
+    """
+    return x if x.requires_grad or not torch.is_grad_enabled() else x.detach().requires_grad_()
+
+
+class _Column(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, params, tp, seq_cut, later):
+        ctx.save_for_backward(x)
+        ctx.params, ctx.tp, ctx.seq_cut, ctx.later = params, tp, seq_cut, later
+        weight, bias = params
+        full = comm.all_gather(x, seq_cut) if seq_cut else x  # [s/tp, b, i] -> [s, b, i]
+        return F.linear(full, weight, bias)  # [s, b, o/tp]
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x,) = ctx.saved_tensors
+        weight, bias = ctx.params
+        cut = ctx.seq_cut
+        gathering = comm.all_gather_start(x, cut) if cut else None
+        dx = dy @ weight
+        summing = comm.reduce_scatter_start(dx, cut) if cut else comm.all_reduce_start(dx, ctx.tp)
+        _bias_grad(bias, dy)
+        _weight_grad(weight, dy, gathering.wait() if gathering else x, ctx.later)
+        return summing.wait(), None, None, None, None
+
+
+class _Row(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, params, tp, seq_cut, later):
+        ctx.save_for_backward(x)
+        ctx.params, ctx.seq_cut, ctx.later = params, seq_cut, later
+        weight, bias = params
+        y = F.linear(x, weight)  # [s, b, o], partial over tp
+        y = comm.reduce_scatter(y, seq_cut) if seq_cut else comm.all_reduce(y, tp)
+        return y if bias is None else y.add_(bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x,) = ctx.saved_tensors
+        weight, bias = ctx.params
+        _bias_grad(bias, dy)
+        full = comm.all_gather(dy, ctx.seq_cut) if ctx.seq_cut else dy.contiguous()
+        dx = full @ weight
+        _weight_grad(weight, full, x, ctx.later)
+        return dx, None, None, None, None
+
+
+def column_linear(x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, tp: Axis, call: Call) -> Tensor:
+    """[s or s/tp, b, i] times a column-cut weight: [s, b, o/tp]."""
+    return _Column.apply(_tracked(x), (weight, bias), tp, call.seq_cut, call.later)
+
+
+def row_linear(x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, tp: Axis, call: Call) -> Tensor:
+    """[s, b, i/tp] times a row-cut weight, summed over tp: [s or s/tp, b, o]."""
+    return _Row.apply(_tracked(x), (weight, bias), tp, call.seq_cut, call.later)
+
+
+class ColumnLinear(nn.Module):
+    """A linear whose output features are cut over tp. `blocks` are its fused parts (q, k, v; gate, up)."""
+
+    def __init__(
+        self,
+        d_in: int,
+        blocks: tuple[shard.Block, ...],
+        tp: Axis,
+        *,
+        bias: bool,
+        init: Callable[[int, Tensor], Tensor] = gaussian(0.02),
+    ):
+        super().__init__()
+        self.tp = tp
+        cut = shard.Shard((sum(b.size for b in blocks), d_in), blocks)
+        self.weight = new_param(cut, tp.named, init=init)
+        self.bias = new_param(shard.without_dim(cut, 1), tp.named, init=constant(0.0)) if bias else None
+
+    def forward(self, x: Tensor, call: Call) -> Tensor:
+        """[s or s/tp, b, d_in] -> [s, b, d_out/tp]."""
+        return column_linear(x, self.weight, self.bias, self.tp, call)
+
+
+class RowLinear(nn.Module):
+    """A linear whose input features are cut over tp; `row_sum` is where its bias's gradient stays partial."""
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        tp: Axis,
+        *,
+        bias: bool,
+        row_sum: tuple[str, ...] = (),
+        init: Callable[[int, Tensor], Tensor] = gaussian(0.02),
+    ):
+        super().__init__()
+        self.tp = tp
+        self.weight = new_param(shard.row(d_out, d_in), tp.named, init=init)
+        whole = shard.whole(d_out, grad_sum=row_sum)
+        self.bias = new_param(whole, tp.named, init=constant(0.0)) if bias else None
+
+    def forward(self, x: Tensor, call: Call) -> Tensor:
+        """[s, b, d_in/tp] -> [s or s/tp, b, d_out]."""
+        return row_linear(x, self.weight, self.bias, self.tp, call)

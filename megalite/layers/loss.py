@@ -1,0 +1,41 @@
+"""Cross entropy over a vocabulary that is cut over tp: the sum over unmasked tokens, logits never gathered."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megalite.core import comm
+from megalite.core.mesh import Axis
+from megalite.ops import cross_entropy as ops
+
+# t tokens, v vocabulary entries (padded), v/tp of them here
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, labels, vocab_size, tp):
+        width = logits.shape[1]
+        known = min(width, max(0, vocab_size - tp.idx * width))
+        logits[:, known:] = -torch.inf  # padding is never predicted
+        here = (labels >= tp.idx * width) & (labels < (tp.idx + 1) * width)
+        column = (labels - tp.idx * width).masked_fill_(~here, 0)
+        top = comm.all_reduce(ops.peak(logits), tp, op="max")
+        total, picked = comm.all_reduce(ops.partials(logits, top, column, here), tp)
+        counted = labels >= 0
+        ctx.save_for_backward(logits, total, column, here, counted)
+        return torch.where(counted, total.log() - picked, torch.zeros_like(picked)).sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        weights, total, column, here, counted = ctx.saved_tensors
+        scale = grad * counted.to(weights.dtype)
+        return ops.gradient_(weights, total, column, here, scale), None, None, None
+
+
+def cross_entropy_sum(logits: Tensor, labels: Tensor, vocab_size: int, tp: Axis) -> Tensor:
+    """Sum of -log p(label) over the tokens whose label is not negative; the same number on every tp rank.
+
+    `logits` [t, v/tp] is overwritten, forward and backward; backward may run once. `labels` [t].
+    """
+    return _CrossEntropy.apply(logits, labels, vocab_size, tp)

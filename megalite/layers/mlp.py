@@ -1,0 +1,36 @@
+"""The MLP of a block: up (column), nonlinearity, down (row)."""
+
+from __future__ import annotations
+
+from math import sqrt
+
+from torch import Tensor, nn
+
+from megalite.core.call import Call
+from megalite.core.config import ModelConfig
+from megalite.core.mesh import Axis
+from megalite.core.params import gaussian
+from megalite.core.shard import Block
+from megalite.layers.linear import ColumnLinear, RowLinear
+from megalite.ops.gelu import gelu, gelu_tanh
+from megalite.ops.swiglu import swiglu
+
+_ACTIVATIONS = {"gelu": gelu, "gelu-tanh": gelu_tanh, "swiglu": swiglu}
+
+
+class MLP(nn.Module):
+    """[s or s/tp, b, h] -> the same; for swiglu, up holds gate and up as two blocks cut alike."""
+
+    def __init__(self, cfg: ModelConfig, tp: Axis, *, row_sum: tuple[str, ...]):
+        super().__init__()
+        part = Block(cfg.ffn, ("tp", None))
+        blocks = (part, part) if cfg.activation == "swiglu" else (part,)
+        std = cfg.init_std
+        self.up = ColumnLinear(cfg.hidden_size, blocks, tp, bias=cfg.bias, init=gaussian(std))
+        self.activation = _ACTIVATIONS[cfg.activation]
+        out = gaussian(std / sqrt(2 * cfg.num_layers))
+        self.down = RowLinear(cfg.ffn, cfg.hidden_size, tp, bias=cfg.bias, row_sum=row_sum, init=out)
+
+    def forward(self, x: Tensor, call: Call) -> Tensor:
+        """up, nonlinearity, down."""
+        return self.down(self.activation(self.up(x, call)), call)

@@ -1,0 +1,101 @@
+"""Which stage holds which layers, and the stages of one rank.
+
+The cut is balanced by the work of each layer and of the head, so the last stage gets fewer layers; a user's
+own `--pp-layers` stands as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import accumulate
+
+from torch import nn
+
+from megalite.core.config import ModelConfig
+from megalite.core.mesh import Mesh
+from megalite.layers.attention import Attention
+from megalite.models.gpt import GPT
+
+
+def layer_flops(cfg: ModelConfig) -> float:
+    """Forward flops of one layer for one token: its matmuls and the causal half of attention."""
+    kv = cfg.kv_heads * cfg.head_dim
+    attention = 2 * cfg.hidden_size * (2 * cfg.num_heads * cfg.head_dim + 2 * kv)
+    mlp = 2 * cfg.hidden_size * cfg.ffn * (3 if cfg.activation == "swiglu" else 2)
+    return attention + mlp + 2 * cfg.seq_len * cfg.num_heads * cfg.head_dim
+
+
+def head_flops(cfg: ModelConfig) -> float:
+    """Forward flops of the output head for one token."""
+    return 2 * cfg.hidden_size * cfg.vocab_size
+
+
+def split_layers(cfg: ModelConfig, num_stages: int) -> tuple[int, ...]:
+    """Layers of each stage, at least one each, with the slowest stage as fast as can be.
+
+    The head is on the last stage; the embedding's lookup is counted as a tenth of a layer on the first.
+    Raises ValueError if there are fewer layers than stages.
+    """
+    if cfg.num_layers < num_stages:
+        raise ValueError(f"{cfg.num_layers} layers cannot fill {num_stages} stages")
+    layer = layer_flops(cfg)
+    work = [layer] * num_stages
+    work[0] += 0.1 * layer
+    work[-1] += head_flops(cfg)
+    layers = [1] * num_stages
+    for _ in range(cfg.num_layers - num_stages):
+        lightest = min(range(num_stages), key=lambda stage: (work[stage] + layer, stage))
+        layers[lightest] += 1
+        work[lightest] += layer
+    return tuple(layers)
+
+
+def stage_ranges(layers: tuple[int, ...]) -> list[range]:
+    """Layer numbers of each stage: (3, 1) gives [0..2], [3]."""
+    ends = list(accumulate(layers))
+    return [range(end - n, end) for n, end in zip(layers, ends, strict=True)]
+
+
+def build_stages(
+    cfg: ModelConfig,
+    mesh: Mesh,
+    *,
+    placement: tuple[int, ...],
+    layers: tuple[int, ...] | None,
+    sequence_parallel: bool,
+    seed: int,
+    attention: Callable[..., nn.Module] = Attention,
+) -> dict[int, GPT]:
+    """The stages that live on this rank, by number, uninitialised; `placement` gives each stage's pipeline rank.
+
+    A tied table whose two stages both live here is one Parameter.
+    """
+    count = len(placement)
+    ranges = stage_ranges(layers if layers is not None else split_layers(cfg, count))
+    assert len(ranges) == count, (ranges, placement)
+    mine = {
+        stage: GPT(
+            cfg,
+            mesh,
+            layers=ranges[stage],
+            first=stage == 0,
+            last=stage == count - 1,
+            num_stages=count,
+            sequence_parallel=sequence_parallel,
+            seed=seed,
+            attention=attention,
+        )
+        for stage in range(count)
+        if placement[stage] == mesh.coords["pp"]
+    }
+    if cfg.tie_embeddings and count > 1 and {0, count - 1} <= mine.keys():
+        shared = mine[0].embedding.weight
+        shared.traits = _untied(shared)
+        mine[count - 1].embedding.weight = shared
+    return mine
+
+
+def _untied(param: nn.Parameter):
+    """Traits of a tied table both of whose stages live on one rank: one Parameter, used twice."""
+    return replace(param.traits, shard=replace(param.traits.shard, tied=None), uses=2)

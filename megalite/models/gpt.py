@@ -1,0 +1,124 @@
+"""The decoder. GPT-2 and LLaMA are two settings of it; a pipeline stage is a run of its layers.
+
+A stage takes the residual stream of the stage before it (the first takes tokens) and gives the residual stream
+of the next; the last gives the summed loss, or logits where the call has no labels. One process holds one
+stage with everything. Parameter names are those of the whole model, at every layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from megalite.core import rng, shard
+from megalite.core.call import Call
+from megalite.core.config import ModelConfig
+from megalite.core.mesh import Mesh
+from megalite.core.params import gaussian, new_param
+from megalite.layers.attention import Attention
+from megalite.layers.dropout import dropout
+from megalite.layers.embedding import Embedding, Positions
+from megalite.layers.linear import column_linear
+from megalite.layers.loss import cross_entropy_sum
+from megalite.layers.mlp import MLP
+from megalite.layers.norm import Norm
+
+# s sequence, r rows of the residual stream here (s, or s/tp when cut), b micro batch, h hidden, v vocabulary
+
+
+class Layer(nn.Module):
+    """One transformer layer: x + attention(norm(x)), then x + mlp(norm(x)), dropout on both."""
+
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        mesh: Mesh,
+        *,
+        layer: int,
+        seed: int,
+        row_sum: tuple[str, ...],
+        attention: Callable[..., nn.Module],
+    ):
+        super().__init__()
+        tp = mesh.axis("tp")
+        self.attention_norm = Norm(cfg.hidden_size, cfg, tp, row_sum=row_sum)
+        self.attention = attention(cfg, mesh, layer=layer, seed=seed, row_sum=row_sum)
+        self.mlp_norm = Norm(cfg.hidden_size, cfg, tp, row_sum=row_sum)
+        self.mlp = MLP(cfg, tp, row_sum=row_sum)
+        self.p = cfg.dropout
+        self.keys = [rng.key(seed, "dropout", layer, half) for half in ("attention", "mlp")]
+
+    def forward(self, x: Tensor, call: Call) -> Tensor:
+        """[r, b, h] -> [r, b, h]."""
+        y = self.attention(self.attention_norm(x), call)
+        x = x + dropout(y, self.p, self.keys[0], call)
+        y = self.mlp(self.mlp_norm(x), call)
+        return x + dropout(y, self.p, self.keys[1], call)
+
+
+class GPT(nn.Module):
+    """The layers `layers` of the model, with the embedding if `first` and the head if `last`."""
+
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        mesh: Mesh,
+        *,
+        layers: range,
+        first: bool,
+        last: bool,
+        num_stages: int,
+        sequence_parallel: bool,
+        seed: int,
+        attention: Callable[..., nn.Module] = Attention,
+    ):
+        super().__init__()
+        self.cfg, self.first, self.last = cfg, first, last
+        self.tp = tp = mesh.axis("tp")
+        # Where the residual stream is cut along s, whatever acts on its rows sees only some of them.
+        row_sum = ("tp",) if sequence_parallel else ()
+        tied = cfg.tie_embeddings
+        if first or (last and tied):
+            stages = (0, num_stages - 1) if tied and num_stages > 1 else None
+            self.embedding = Embedding(cfg, tp, uses=2 if tied and first and last else 1, tied=stages)
+        if first and cfg.position == "learned":
+            self.position = Positions(cfg, tp, row_sum=row_sum)
+        self.layers = nn.ModuleDict(
+            {
+                str(i): Layer(cfg, mesh, layer=i, seed=seed, row_sum=row_sum, attention=attention)
+                for i in layers
+            }
+        )
+        if last:
+            self.final_norm = Norm(cfg.hidden_size, cfg, tp, row_sum=row_sum)
+            if not tied:
+                cut = shard.column(cfg.vocab_size, cfg.hidden_size)
+                self.head = new_param(cut, tp.named, init=gaussian(cfg.init_std))
+        self.key = rng.key(seed, "dropout", "embedding")
+
+    def forward(self, x: Tensor | None, call: Call) -> Tensor:
+        """[r, b, h] (or tokens, on the first stage) -> [r, b, h], or the loss sum, or logits [s, b, v/tp]."""
+        if self.first:
+            x = self.embedding(call)
+            if self.cfg.position == "learned":
+                x = self.position(x, call)
+            x = dropout(x, self.cfg.dropout, self.key, call)
+        assert x is not None
+        for layer in self.layers.values():
+            x = layer(x, call)
+        return self._head(x, call) if self.last else x
+
+    def boundary_shape(self, call: Call) -> tuple[int, ...]:
+        """Shape of the residual stream that enters or leaves a stage on this rank."""
+        return (call.rows, call.batch, self.cfg.hidden_size)
+
+    def _head(self, x: Tensor, call: Call) -> Tensor:
+        table = self.embedding.weight if self.cfg.tie_embeddings else self.head
+        logits = column_linear(self.final_norm(x), table, None, self.tp, call)  # [s, b, v/tp]
+        if self.cfg.logit_soft_cap is not None:
+            logits = self.cfg.logit_soft_cap * torch.tanh(logits / self.cfg.logit_soft_cap)
+        if call.labels is None:
+            return logits
+        return cross_entropy_sum(logits.flatten(0, 1), call.labels.flatten(), self.cfg.vocab_size, self.tp)

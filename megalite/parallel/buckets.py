@@ -1,0 +1,210 @@
+"""Parameters and gradients of a rank as a few flat buckets, each reduced by one collective.
+
+A bucket holds parameters of one stage that are treated alike (dtype, decay, learning rate, tie). Its
+FlatLayout says which range of the flat tensors is which parameter: optimizer, checkpoint and planner read it.
+Parameters and gradients become views of the flat tensors; nothing is ever copied to be reduced. What part of
+this lives sharded is zero.py's policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from megalite.core.mesh import Axis
+from megalite.core.params import acc_dtype, named_parameters, traits_of
+from megalite.core.shard import (
+    Box,
+    Piece,
+    Shard,
+    box_shape,
+    box_spans,
+    flat_boxes,
+    overlap,
+    shift,
+    slices,
+)
+
+ALIGN = 64
+"""Every parameter and every shard starts at a multiple of this many elements: 128 bytes in 2-byte types."""
+
+Span = tuple[int, int]
+"""A flat range [start, stop)."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """What the parameters of one bucket have in common."""
+
+    stage: int
+    dtype: torch.dtype
+    decay: bool
+    lr_mult: float
+    tied: bool
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one parameter stands in its bucket."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of the local tensor, padding rows included."""
+    start: int
+    shard: Shard
+    owned: tuple[Piece, ...]
+    """The pieces this rank saves and counts; none in the second copy of a tied table."""
+
+    @property
+    def stop(self) -> int:
+        return self.start + prod(self.shape)
+
+
+class FlatBox(NamedTuple):
+    """A box of a whole tensor, and where its numbers are in a bucket's flat tensors."""
+
+    slot: Slot
+    whole: Box
+    span: Span
+    """The contiguous flat range of a run of the local tensor,"""
+    shape: tuple[int, ...]
+    """viewed in this shape,"""
+    inside: Box
+    """of which this is the part."""
+
+    def of(self, flat: Tensor, base: int) -> Tensor:
+        """The box's numbers as a view of `flat`, which begins at element `base` of the bucket."""
+        run = flat[self.span[0] - base : self.span[1] - base].view(self.shape)
+        return run[slices(self.inside)]
+
+
+@dataclass(frozen=True)
+class FlatLayout:
+    """A bucket's flat tensors: `size` elements, of which each of `ways` ranks looks after one equal range."""
+
+    key: Key
+    slots: tuple[Slot, ...]
+    size: int
+    ways: int
+
+    def range_of(self, idx: int) -> Span:
+        """The range that rank `idx` of the reducing axis looks after."""
+        width = self.size // self.ways
+        return idx * width, (idx + 1) * width
+
+    def owned_spans(self, within: Span) -> list[Span]:
+        """Flat ranges inside `within` whose numbers this rank counts: each number of the model, once."""
+        spans = []
+        for slot in self.slots:
+            for piece in slot.owned:
+                for lo, hi in box_spans(slot.shape, piece.local):
+                    lo, hi = max(within[0], slot.start + lo), min(within[1], slot.start + hi)
+                    if lo < hi:
+                        spans.append((lo, hi))
+        return spans
+
+    def boxes(self, within: Span, pieces_of: Callable[[Slot], Iterable[Piece]]) -> Iterator[FlatBox]:
+        """Everything inside the flat range `within` as boxes of whole tensors, for the pieces asked of each slot."""
+        for slot in self.slots:
+            lo, hi = max(within[0], slot.start), min(within[1], slot.stop)
+            at = lo
+            for run in flat_boxes(slot.shape, lo - slot.start, hi - slot.start):
+                shape = box_shape(run)
+                end = at + prod(shape)
+                for piece in pieces_of(slot):
+                    both = overlap(run, piece.local)
+                    if both is not None:
+                        inside = shift(both, run, tuple((0, n) for n in shape))
+                        yield FlatBox(slot, shift(both, piece.local, piece.whole), (at, end), shape, inside)
+                at = end
+
+    def partial_spans(self, axes: Mapping[str, Axis]) -> list[tuple[str, Span]]:
+        """Ranges whose gradient a backward leaves partial over another axis, neighbours merged across padding."""
+        found: list[tuple[str, Span]] = []
+        for slot in self.slots:
+            for piece in slot.shard.pieces(axes):
+                for axis in slot.shard.blocks[piece.block].grad_sum:
+                    spans = box_spans(slot.shape, piece.local)
+                    for lo, hi in ((slot.start + lo, slot.start + hi) for lo, hi in spans):
+                        last = found[-1] if found else None
+                        if last and last[0] == axis and lo - last[1][1] < ALIGN:
+                            found[-1] = (axis, (last[1][0], hi))
+                        else:
+                            found.append((axis, (lo, hi)))
+        return found
+
+
+class Bucket:
+    """The flat tensors of one layout, whose views the parameters and their gradients have become."""
+
+    def __init__(self, layout: FlatLayout, params: list[nn.Parameter], device: torch.device):
+        self.layout = layout
+        dtype = layout.key.dtype
+        self.params = torch.zeros(layout.size, dtype=dtype, device=device)
+        self.grads = torch.zeros(layout.size, dtype=acc_dtype(dtype), device=device)
+        self.uses = 0
+        for slot, param in zip(layout.slots, params, strict=True):
+            view = self.params[slot.start : slot.stop].view(slot.shape)
+            param.data = view
+            param.grad_dtype = self.grads.dtype
+            param.grad = self.grads[slot.start : slot.stop].view(slot.shape)
+            self.uses += traits_of(param).uses
+
+
+def plan(
+    stages: Mapping[int, nn.Module], *, ways: int, bucket_bytes: float
+) -> list[tuple[FlatLayout, list[nn.Parameter]]]:
+    """Sort the parameters of this rank's stages into buckets of about `bucket_bytes` of gradients.
+
+    Last layers come first: their gradients are complete first. The order is the same on every rank that holds
+    these stages.
+    """
+    seen: set[int] = set()
+    groups: dict[Key, list[tuple[str, nn.Parameter]]] = {}
+    for number, stage in sorted(stages.items(), reverse=True):
+        for name, param in reversed(list(named_parameters(stage))):
+            if id(param) in seen:
+                continue
+            seen.add(id(param))
+            traits = traits_of(param)
+            tied = traits.shard.tied is not None
+            # A table that two stages of this rank share belongs to the first of them.
+            home = min(n for n, s in stages.items() if any(p is param for p in s.parameters()))
+            key = Key(home, param.dtype, traits.decay, traits.lr_mult, tied)
+            groups.setdefault(key, []).append((name, param))
+    planned = []
+    for key, members in groups.items():
+        members.sort(key=lambda member: traits_of(member[1]).shard.blocks[0].grad_sum)
+        for part in _cut(members, bucket_bytes):
+            planned.append((_lay_out(key, part, ways), [param for _, param in part]))
+    return planned
+
+
+def _cut(members: list[tuple[str, nn.Parameter]], bucket_bytes: float) -> Iterable[list]:
+    part: list[tuple[str, nn.Parameter]] = []
+    size = 0.0
+    for name, param in members:
+        nbytes = param.numel() * acc_dtype(param.dtype).itemsize
+        if part and size + nbytes > bucket_bytes:
+            yield part
+            part, size = [], 0.0
+        part.append((name, param))
+        size += nbytes
+    yield part
+
+
+def _lay_out(key: Key, members: list[tuple[str, nn.Parameter]], ways: int) -> FlatLayout:
+    slots, end = [], 0
+    for name, param in members:
+        traits = traits_of(param)
+        first_copy = traits.shard.tied is None or traits.shard.tied[0] == key.stage
+        owned = tuple(traits.shard.owned(traits.axes)) if first_copy else ()
+        slots.append(Slot(name, tuple(param.shape), end, traits.shard, owned))
+        end += -(-param.numel() // ALIGN) * ALIGN
+    whole = ALIGN * ways
+    return FlatLayout(key, tuple(slots), -(-end // whole) * whole, ways)

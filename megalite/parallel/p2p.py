@@ -1,0 +1,115 @@
+"""Transfers between pipeline stages: one FIFO, with a process group of its own, for each directed pair of ranks.
+
+A receiver knows the whole schedule, so it posts its receives in the sender's order and hands them out by
+message; there are no tags to match, on gloo or NCCL. Shapes are never sent: both sides know the microbatch.
+This is the only file beside core/ that talks to torch.distributed. Next: pipeline.py, which uses it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megalite.core.log import Collective
+from megalite.core.mesh import Mesh
+from megalite.schedule.action import Message, Schedule, edge_order
+
+AHEAD = 2
+"""Receives posted beyond the one that is waited for, so that data lands while a stage computes."""
+
+_Posted = tuple[Message, Tensor, "dist.Work | None", Collective]
+
+
+class Pipes:
+    """The FIFOs of one pipeline rank. Every rank of the world makes it together, with the same schedule."""
+
+    def __init__(self, mesh: Mesh, schedule: Schedule):
+        self.mesh, self.me = mesh, mesh.coords["pp"]
+        self._groups: dict[tuple[int, int], dist.ProcessGroup | None] = {}
+        edges = list(edge_order(schedule))
+        lines = mesh.lines("pp") if mesh.kind == "real" else []
+        for line in lines:
+            for src, dst in edges:
+                group = mesh.new_group((line[src], line[dst]))
+                if mesh.rank in (line[src], line[dst]):
+                    self._groups[src, dst] = group
+
+    def begin(self, schedule: Schedule, empty: Callable[[Message], Tensor]) -> None:
+        """Start a step: `empty` makes the buffer that a message is received into."""
+        self._empty = empty
+        self._sending: list[tuple[dist.Work | None, Callable[[], None], Collective]] = []
+        incoming = {e: m for e, m in edge_order(schedule).items() if e[1] == self.me}
+        self._coming = {src: deque(messages) for (src, _), messages in incoming.items()}
+        self._posted: dict[int, deque[_Posted]] = {src: deque() for src in self._coming}
+        self._landed: dict[Message, Tensor] = {}
+        for src in self._coming:
+            self._post(src)
+
+    def take(self, src: int, message: Message) -> Tensor:
+        """The tensor of `message` from that pipeline rank; blocks until it is here."""
+        while message not in self._landed:
+            arrived, buffer, work, entry = self._posted[src].popleft()
+            if work is not None:
+                work.wait()
+            entry.completed = True
+            self._landed[arrived] = buffer
+            self._post(src)
+        return self._landed.pop(message)
+
+    def send(self, dst: int, tensor: Tensor, sent: Callable[[], None] = lambda: None) -> None:
+        """Start to send `tensor`; `sent` is called once its storage is no longer needed."""
+        tensor = tensor.contiguous()
+        entry = self._log("send", dst, tensor)
+        work = None
+        if self.mesh.kind == "real":
+            to = self.mesh.pipeline_rank(dst)
+            work = dist.isend(tensor, to, group=self._groups[self.me, dst])
+        self._sending.append((work, sent, entry))
+        self._reap()
+
+    def end(self) -> None:
+        """Wait until everything that was sent has left."""
+        self._reap(wait=True)
+        assert not any(self._coming.values()) and not any(self._posted.values()) and not self._landed
+
+    def _post(self, src: int) -> None:
+        while self._coming[src] and len(self._posted[src]) <= AHEAD:
+            message = self._coming[src].popleft()
+            buffer = self._empty(message)
+            entry = self._log("recv", src, buffer)
+            work = None
+            if self.mesh.kind == "real":
+                whence = self.mesh.pipeline_rank(src)
+                work = dist.irecv(buffer, whence, group=self._groups[src, self.me])
+            self._posted[src].append((message, buffer, work, entry))
+
+    def _reap(self, wait: bool = False) -> None:
+        waiting = []
+        for work, sent, entry in self._sending:
+            if work is not None and wait:
+                work.wait()
+            if work is None or wait or work.is_completed():
+                entry.completed = True
+                sent()
+            else:
+                waiting.append((work, sent, entry))
+        self._sending = waiting
+
+    def _log(self, op: str, other: int, tensor: Tensor) -> Collective:
+        nbytes = tensor.numel() * tensor.element_size()
+        return self.mesh.log.issue(op, op, f"pp:{self.me}-{other}", 2, nbytes)
+
+
+def free_storage(tensor: Tensor) -> None:
+    """Give back the memory of a stage's output that has been sent; its graph stays.
+
+    Only where the node that made it is an addition, which does not look at its output in backward: every
+    stage of ours ends in a residual. A fork's own ending keeps its output.
+    """
+    if type(tensor.grad_fn).__name__ == "AddBackward0":
+        with torch.no_grad():
+            tensor.untyped_storage().resize_(0)

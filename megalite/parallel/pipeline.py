@@ -1,0 +1,131 @@
+"""The engine: one pipeline rank walks its list of actions. pp = 1 is a list of one stage; there is no other loop.
+
+F runs a stage on one microbatch and sends its output on; B (or I, with W later) runs it back; R starts what is
+left of the stage's gradient reduction. The order is the Schedule's alone. Next: schedule/action.py for what an
+action is, buckets.py for what R reduces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from megalite.core.call import Call
+from megalite.core.mesh import Mesh
+from megalite.parallel.p2p import Pipes, free_storage
+from megalite.schedule.action import Action, Message, Op, Schedule, forward_only, received, sent
+
+# r rows of the residual stream on this rank, b micro batch, h hidden
+
+
+class Pipeline:
+    """Runs the stages that live here. `schedule_for(n)` orders n microbatches; R calls `reduce(stage)`.
+
+    A stage is a module called with (input or None, Call); it has `boundary_shape(call)`, and the last one gives
+    the summed loss (or logits, where the call has no labels).
+    """
+
+    def __init__(
+        self,
+        schedule_for: Callable[[int], Schedule],
+        stages: Mapping[int, nn.Module],
+        mesh: Mesh,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        reduce: Callable[[int], None],
+    ):
+        self.schedule_for, self.stages, self.mesh, self.reduce = schedule_for, stages, mesh, reduce
+        self.dtype, self.device = dtype, device
+        self.schedule = schedule_for(1)
+        self.last = self.schedule.num_stages - 1
+        self.pipes = Pipes(mesh, self.schedule)
+        self._run = {Op.F: self._forward, Op.B: self._backward, Op.I: self._backward, Op.W: self._weights}
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether the last stage lives on this rank."""
+        return self.last in self.stages
+
+    def run(self, calls: Sequence[Call], *, seed: Tensor) -> Tensor:
+        """Forward and backward of one step's microbatches; gradients are added up in `.grad`.
+
+        `seed` (scalar) is what the loss sum's gradient starts from. Gives the loss sum of this rank's
+        microbatches, zero where the last stage is elsewhere. All ranks of the mesh call it together.
+        """
+        self.seed = seed
+        losses = self._walk(self.schedule_for(len(calls)), calls)
+        return torch.stack(losses).sum() if losses else torch.zeros((), dtype=seed.dtype, device=self.device)
+
+    @torch.no_grad()
+    def evaluate(self, calls: Sequence[Call]) -> list[Tensor]:
+        """Forward alone: what the last stage gave for each call, nothing where it is elsewhere."""
+        return self._walk(forward_only(self.schedule_for(len(calls))), calls)
+
+    def _walk(self, schedule: Schedule, calls: Sequence[Call]) -> list[Tensor]:
+        self.schedule, self.calls, self.split = schedule, calls, schedule.splits_backward
+        self.later: dict[tuple[int, int], list[Callable[[], None]]] = {}
+        self.kept: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
+        self.at_hand: dict[Message, Tensor] = {}
+        self.results: dict[int, Tensor] = {}
+        self.pipes.begin(schedule, self._buffer)
+        for action in schedule.actions[self.mesh.coords["pp"]]:
+            if action.op is Op.R:
+                self.reduce(action.stage)
+            else:
+                self._run[action.op](action)
+        self.pipes.end()
+        assert not self.kept and not self.at_hand and not any(self.later.values())
+        return [self.results[m] for m in sorted(self.results)]
+
+    def _forward(self, action: Action) -> None:
+        _, stage, microbatch = action
+        call = self.calls[microbatch]
+        if self.split:
+            call = call.deferring(self.later.setdefault((stage, microbatch), []))
+        x = self._take(action) if stage else None
+        grad = torch.is_grad_enabled()
+        if x is not None and grad:
+            x.requires_grad_()
+        y = self.stages[stage](x, call)
+        if grad:
+            self.kept[stage, microbatch] = (x, y)
+        if stage == self.last:
+            self.results[microbatch] = y.detach()
+        else:
+            self._pass_on(action, y)
+
+    def _backward(self, action: Action) -> None:
+        _, stage, microbatch = action
+        x, y = self.kept.pop((stage, microbatch))
+        torch.autograd.backward(y, self.seed if stage == self.last else self._take(action))
+        if x is not None:
+            assert x.grad is not None
+            self._pass_on(action, x.grad)
+
+    def _weights(self, action: Action) -> None:
+        for job in self.later.pop((action.stage, action.microbatch)):
+            job()
+
+    def _take(self, action: Action) -> Tensor:
+        coming = received(action, self.schedule)
+        if coming is None:
+            kind = "act" if action.op is Op.F else "grad"
+            return self.at_hand.pop(Message(kind, action.stage, action.microbatch))
+        return self.pipes.take(*coming)
+
+    def _pass_on(self, action: Action, tensor: Tensor) -> None:
+        going = sent(action, self.schedule)
+        if going is not None:
+            self.pipes.send(going[0], tensor.detach(), lambda: free_storage(tensor))
+        elif action.op is Op.F:
+            # A fresh leaf of the same numbers: each stage's graph ends at its own border.
+            self.at_hand[Message("act", action.stage + 1, action.microbatch)] = tensor.detach()
+        else:
+            self.at_hand[Message("grad", action.stage - 1, action.microbatch)] = tensor
+
+    def _buffer(self, message: Message) -> Tensor:
+        shape = self.stages[message.stage].boundary_shape(self.calls[message.microbatch])
+        return torch.empty(shape, dtype=self.dtype, device=self.device)

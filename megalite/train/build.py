@@ -1,0 +1,164 @@
+"""Config to engine: the only place where all rooms meet.
+
+An Engine is one rank's share of the model with everything that trains it: stages, buckets, optimizer,
+pipeline. Nothing in it is specific to a kind of parallelism; one process is the same thing with one rank.
+Next: loop.py, which takes steps with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import lru_cache
+
+import torch
+from torch import nn
+
+from megalite.core import mesh as mesh_module
+from megalite.core.config import Config
+from megalite.core.errors import UserError
+from megalite.core.mesh import Mesh
+from megalite.core.params import initialize
+from megalite.core.world import World
+from megalite.layers.attention import Attention
+from megalite.models.build import build_stages
+from megalite.models.gpt import GPT
+from megalite.optim.optimizer import Optimizer
+from megalite.parallel.pipeline import Pipeline
+from megalite.parallel.zero import Zero
+from megalite.schedule.action import Schedule
+from megalite.schedule.check import check
+from megalite.schedule.generators import SCHEDULES
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BUCKET_MB = {"cpu": 4.0, "cuda": 64.0}
+TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True, eq=False)
+class Engine:
+    """One rank's share of a model in training."""
+
+    config: Config
+    mesh: Mesh
+    device: torch.device
+    dtype: torch.dtype
+    stages: Mapping[int, GPT]
+    zero: Zero
+    optimizer: Optimizer
+    pipeline: Pipeline
+
+    @property
+    def counts_loss(self) -> bool:
+        """Whether this rank's loss counts: one rank of the last stage for each piece of the batch."""
+        return self.pipeline.has_loss and self.mesh.coords["tp"] == 0
+
+
+def schedule_maker(config: Config) -> Callable[[int], Schedule]:
+    """Gives the checked schedule of a number of microbatches. Raises UserError for one that cannot run."""
+    layout = config.layout
+    make = SCHEDULES[layout.schedule]
+
+    @lru_cache(maxsize=8)
+    def schedule(num_microbatches: int) -> Schedule:
+        try:
+            made = make(layout.pp, num_microbatches, layout.vpp)
+            check(made, tied=(0, made.num_stages - 1) if config.model.tie_embeddings else None)
+        except ValueError as e:
+            raise UserError(f"--schedule {e}") from None
+        return made
+
+    return schedule
+
+
+def pick_device(config: Config, world: World) -> torch.device:
+    """The device of this rank. Raises UserError where --device cuda cannot be had."""
+    asked = config.train.device
+    gpus = torch.cuda.device_count() if asked != "cpu" and torch.cuda.is_available() else 0
+    if asked == "cpu" or (asked == "auto" and gpus == 0):
+        return torch.device("cpu")
+    if gpus == 0:
+        raise UserError("--device cuda: no GPU is visible to torch (use --device cpu)")
+    if world.local_size > gpus:
+        raise UserError(f"--device {asked}: {world.local_size} ranks on this host, {gpus} GPUs (use --device cpu)")
+    device = torch.device("cuda", world.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def pick_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """The dtype of weights and matmuls."""
+    asked = config.train.precision
+    if asked == "auto":
+        asked = "fp32" if device.type == "cpu" else "bf16"
+    return DTYPES[asked]
+
+
+def mesh_factors(config: Config) -> dict[str, int]:
+    """The axes a config needs factored: tp by the kv heads, where there are fewer of them."""
+    kv, tp = config.model.kv_heads, config.layout.tp
+    return {"tp": kv} if kv < tp else {}
+
+
+def build_mesh(config: Config, world: World, device: torch.device) -> Mesh:
+    """Join the other ranks. All ranks of the world call it together."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    mesh_module.connect(
+        rank=world.rank, world_size=world.size, backend=backend, timeout=TIMEOUT, device=device
+    )
+    kind = "real" if world.size > 1 else "single"
+    return Mesh(
+        mesh_sizes(config, world.size),
+        rank=world.rank,
+        kind=kind,
+        factors=mesh_factors(config),
+        timeout=TIMEOUT,
+    )
+
+
+def mesh_sizes(config: Config, world_size: int) -> dict[str, int]:
+    """Ranks along each axis, of a world that the config's check accepted."""
+    layout = config.layout
+    return {"pp": layout.pp, "dp": config.data_ranks(world_size), "cp": layout.cp, "tp": layout.tp}
+
+
+def build_engine(
+    config: Config,
+    mesh: Mesh,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: Callable[..., nn.Module] = Attention,
+) -> Engine:
+    """This rank's stages with initial weights, and what trains them. All ranks call it together."""
+    make = schedule_maker(config)
+    layout = config.layout
+    with _default_dtype(dtype):
+        stages = build_stages(
+            config.model,
+            mesh,
+            placement=make(1).placement,
+            layers=layout.pp_layers,
+            sequence_parallel=layout.sequence_parallel,
+            seed=config.train.seed,
+            attention=attention,
+        )
+    megabytes = layout.bucket_mb if layout.bucket_mb is not None else BUCKET_MB[device.type]
+    zero = Zero(stages, mesh, stage=layout.zero, bucket_bytes=megabytes * 2**20, device=device)
+    for stage in stages.values():
+        initialize(stage, config.train.seed)
+    optimizer = Optimizer(zero, config.optim)
+    pipeline = Pipeline(make, stages, mesh, dtype=dtype, device=device, reduce=zero.reduce)
+    return Engine(config, mesh, device, dtype, stages, zero, optimizer, pipeline)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

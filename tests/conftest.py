@@ -1,0 +1,32 @@
+"""What all tests share: ranks on this machine, forked from one warm process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from tests.ranks.client import Ranks
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """The warm process; it starts with the first test that needs ranks."""
+    warm = Ranks()
+    yield warm
+    warm.close()
+
+
+@pytest.fixture(scope="session")
+def run_ranks(ranks: Ranks) -> Callable[..., list[Any]]:
+    """`run_ranks(target, world, timeout=60, **kwargs)`: each rank's result, in rank order.
+
+    `target` is "module:function", called as function(rank, world, **kwargs) on every rank. Raises
+    AssertionError with the tracebacks of the ranks that failed.
+    """
+
+    def run(target: str, world: int, timeout: float = 60, **kwargs: Any) -> list[Any]:
+        return ranks.run(target, world, kwargs=kwargs, timeout=timeout)
+
+    return run

@@ -1,0 +1,180 @@
+"""Every layout equals one process. A feature adds a row here, not a test file.
+
+Each row trains three steps on gloo ranks and compares loss, gradient norm, every gradient and every updated
+weight with the one-process float64 run of the same model and batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalite.core.config import Config, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
+
+STEPS = 3
+TOL = {
+    "float64": {"loss": 1e-10, "norm": 1e-10, "grad": 1e-10, "weights": 1e-10},
+    "float32": {"loss": 1e-5, "norm": 1e-5, "grad": 1e-5, "update": 1e-3},
+}
+
+GPT = ModelConfig(
+    num_layers=4, hidden_size=48, num_heads=12, vocab_size=61, seq_len=12, init_std=0.1
+)
+LLAMA = replace(GPT, norm="rmsnorm", activation="swiglu", position="rope", bias=False, tie_embeddings=False,
+                ffn_hidden_size=96)  # fmt: skip
+UNTIED = replace(GPT, tie_embeddings=False)
+EVERYTHING = replace(
+    LLAMA, qk_norm=True, sliding_window=5, logit_soft_cap=4.0, attention_soft_cap=3.0
+)
+DROPOUT = replace(GPT, dropout=0.2, attention_dropout=0.1)
+SMALL = replace(GPT, num_layers=1, hidden_size=12, num_heads=3)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layout of one model."""
+
+    name: str
+    model: ModelConfig
+    layout: dict[str, Any] = field(default_factory=dict)
+    micro: int = 2
+    batch: int = 16
+    varying: bool = False
+    dtype: str = "float64"
+
+    @property
+    def world(self) -> int:
+        lay = self.config.layout
+        return lay.tp * lay.pp * lay.cp * (lay.dp or 1)
+
+    @property
+    def config(self) -> Config:
+        return self._with(LayoutConfig(**self.layout))
+
+    @property
+    def one_process(self) -> Config:
+        return self._with(LayoutConfig(zero=0))
+
+    def _with(self, layout: LayoutConfig) -> Config:
+        # eps keeps a gradient that is zero but for rounding from becoming a whole step
+        optim = OptimConfig(lr=1e-2, eps=1e-4, clip_grad=0.5)
+        train = TrainConfig(micro_batch_size=self.micro, global_batch_size=self.batch)
+        return Config(model=self.model, layout=layout, optim=optim, train=train)
+
+
+ROWS = [
+    Row("one process", GPT, {"zero": 1}),
+    Row("tp2", GPT, {"tp": 2}),
+    Row("tp2 no-sp", GPT, {"tp": 2, "sequence_parallel": False}),
+    Row("tp4", GPT, {"tp": 4}),
+    Row("tp4 no-sp", GPT, {"tp": 4, "sequence_parallel": False}),
+    Row("tp3 vocab 50257", replace(SMALL, vocab_size=50257), {"tp": 3}, batch=4),
+    Row("tp6", GPT, {"tp": 6}),
+    Row("pp2 1f1b", GPT, {"pp": 2}),
+    Row("pp2 gpipe", GPT, {"pp": 2, "schedule": "gpipe"}),
+    Row("pp2 interleaved", GPT, {"pp": 2, "vpp": 2, "schedule": "interleaved"}),
+    Row("pp3 1f1b", GPT, {"pp": 3}, batch=10),
+    Row("pp4 1f1b", GPT, {"pp": 4}),
+    Row("pp4 gpipe fewer microbatches", GPT, {"pp": 4, "schedule": "gpipe"}, batch=4),
+    Row("pp4 1f1b fewer microbatches", GPT, {"pp": 4}, batch=4),
+    Row("pp2 uneven 3,1", GPT, {"pp": 2, "pp_layers": (3, 1)}),
+    Row("pp2 interleaved uneven", replace(GPT, num_layers=7),
+        {"pp": 2, "vpp": 2, "schedule": "interleaved", "pp_layers": (1, 3, 2, 1)}),
+    Row("pp2 interleaved odd microbatches", UNTIED, {"pp": 2, "vpp": 2, "schedule": "interleaved"}, batch=6),
+    Row("dp2 zero0", GPT, {"dp": 2, "zero": 0}),
+    Row("dp2 zero1", GPT, {"dp": 2}),
+    Row("dp3 zero1", GPT, {"dp": 3}, batch=12),
+    Row("dp4 zero1 small buckets", GPT, {"dp": 4, "bucket_mb": 0.02}),
+    Row("dp2 zero1 one microbatch", GPT, {"dp": 2}, batch=4),
+    Row("tp2 pp2", GPT, {"tp": 2, "pp": 2}),
+    Row("tp2 pp2 interleaved", GPT, {"tp": 2, "pp": 2, "vpp": 2, "schedule": "interleaved"}),
+    Row("tp2 dp2 zero0", GPT, {"tp": 2, "dp": 2, "zero": 0}),
+    Row("tp2 dp2 zero1 no-sp", GPT, {"tp": 2, "dp": 2, "sequence_parallel": False}),
+    Row("pp2 dp2 zero1", GPT, {"pp": 2, "dp": 2}),
+    Row("pp2 dp2 zero0 interleaved", GPT, {"pp": 2, "dp": 2, "zero": 0, "vpp": 2, "schedule": "interleaved"}),
+    Row("tp2 pp2 dp2 zero1", GPT, {"tp": 2, "pp": 2, "dp": 2}),
+    Row("tp2 pp2 dp2 zero0 gpipe", GPT, {"tp": 2, "pp": 2, "dp": 2, "zero": 0, "schedule": "gpipe"}),
+    Row("tp2 pp2 dp2 untied interleaved", UNTIED,
+        {"tp": 2, "pp": 2, "dp": 2, "vpp": 2, "schedule": "interleaved"}),
+    Row("untied pp2", UNTIED, {"pp": 2}),
+    Row("untied tp2 pp2 zero0", UNTIED, {"tp": 2, "pp": 2, "zero": 0}),
+    Row("lengths vary pp2", GPT, {"pp": 2}, varying=True),
+    Row("lengths vary tp3 pp2", GPT, {"tp": 3, "pp": 2}, varying=True),
+    Row("lengths vary pp2 dp2 interleaved", GPT,
+        {"pp": 2, "dp": 2, "vpp": 2, "schedule": "interleaved"}, varying=True),
+    Row("llama tp2", LLAMA, {"tp": 2}),
+    Row("llama tp2 kv1", replace(LLAMA, num_kv_heads=1), {"tp": 2}),
+    Row("llama tp4 kv1", replace(LLAMA, num_kv_heads=1), {"tp": 4}),
+    Row("llama tp4 kv2", replace(LLAMA, num_kv_heads=2), {"tp": 4}),
+    Row("llama tp4 kv2 no-sp dp2", replace(LLAMA, num_kv_heads=2),
+        {"tp": 4, "dp": 2, "sequence_parallel": False}),
+    Row("llama tp2 pp2 dp2 kv1", replace(LLAMA, num_kv_heads=1), {"tp": 2, "pp": 2, "dp": 2}),
+    Row("llama kv4 tied tp2 pp2", replace(LLAMA, num_kv_heads=4, tie_embeddings=True), {"tp": 2, "pp": 2}),
+    Row("biased kv2 tp4", replace(GPT, num_kv_heads=2), {"tp": 4}),
+    Row("everything tp2 pp2", EVERYTHING, {"tp": 2, "pp": 2}),
+    Row("everything kv2 tp4 dp2", replace(EVERYTHING, num_kv_heads=2), {"tp": 4, "dp": 2}),
+    Row("gelu-tanh tp2", replace(GPT, activation="gelu-tanh"), {"tp": 2}),
+    Row("dropout tp2", DROPOUT, {"tp": 2}),
+    Row("dropout pp2 dp2", DROPOUT, {"pp": 2, "dp": 2}),
+    Row("dropout tp2 pp2 dp2", DROPOUT, {"tp": 2, "pp": 2, "dp": 2}),
+    Row("float32 one process", GPT, {"zero": 1}, dtype="float32"),
+    Row("float32 tp2", GPT, {"tp": 2}, dtype="float32"),
+    Row("float32 pp2 dp2", GPT, {"pp": 2, "dp": 2}, dtype="float32"),
+    Row("float32 tp2 pp2 dp2", GPT, {"tp": 2, "pp": 2, "dp": 2}, dtype="float32"),
+    Row("float32 llama tp4 kv2", replace(LLAMA, num_kv_heads=2), {"tp": 4}, dtype="float32"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def reference(run_ranks, tmp_path_factory):
+    """The file of a row's one-process float64 run; made once for all rows that share it."""
+    folder = tmp_path_factory.mktemp("oracle")
+
+    def file_of(row: Row) -> Path:
+        asked = {"config": row.one_process.to_dict(), "varying": row.varying}
+        path = folder / f"{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]}.npz"
+        if not path.exists():
+            run_ranks(
+                "tests.ranks.jobs:reference",
+                1,
+                dtype="float64",
+                steps=STEPS,
+                out=str(path),
+                **asked,
+            )
+        return path
+
+    return file_of
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_layout_equals_one_process(row: Row, reference, run_ranks):
+    row.config.check(row.world)
+    results = run_ranks(
+        "tests.ranks.jobs:compare",
+        row.world,
+        config=row.config.to_dict(),
+        dtype=row.dtype,
+        steps=STEPS,
+        varying=row.varying,
+        ref=str(reference(row)),
+    )
+    for kind, bound in TOL[row.dtype].items():
+        error, where = max(r["worst"][kind] for r in results)
+        assert error <= bound, (
+            f"{row.name}: {kind} of {where} is off by {error:.1e} (bound {bound:.0e})"
+        )
+    assert sum(r["owned"] for r in results) == _model_size(row.model), (
+        "a number was counted twice or never"
+    )
+
+
+def _model_size(model: ModelConfig) -> int:
+    from megalite.models.presets import num_parameters
+
+    return num_parameters(model)

@@ -1,0 +1,184 @@
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.ranks.client import ROOT, Ranks
+
+JOBS = "tests.ranks.zygote_jobs"
+
+
+def is_held(lock: Path) -> bool:
+    """Whether a process that locked this file still lives."""
+    with open(lock) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
+    """Whether `condition` holds before `seconds` have passed."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def test_results_come_in_rank_order_from_single_threaded_warm_children(run_ranks, ranks, capsys):
+    results = run_ranks(f"{JOBS}:report", 3, scale=10)
+    assert [r["rank"] for r in results] == [0, 1, 2]
+    assert [r["scaled"] for r in results] == [0, 10, 20]
+    for r in results:
+        assert r["world"] == 3 and r["threads"] == 1 and r["grouped"] and r["warm"] and r["session"]
+        assert r["parent"] == ranks.process.pid != os.getpid()
+    assert "[rank 2] hello from 2" in capsys.readouterr().out
+
+
+def test_one_rank_has_no_process_group(run_ranks):
+    (result,) = run_ranks(f"{JOBS}:report", 1, scale=1)
+    assert not result["grouped"]
+
+
+def test_all_reduce_over_four_ranks_is_right(run_ranks):
+    assert run_ranks(f"{JOBS}:sum_of_ranks", 4) == [[10.0, 30.0]] * 4
+
+
+def test_children_compute_forward_and_backward_job_after_job(run_ranks):
+    for _ in range(3):
+        assert run_ranks(f"{JOBS}:train_a_little", 2, timeout=20) == pytest.approx([2.0, 2.0])
+
+
+def test_an_exception_is_reported_with_its_rank_and_the_others_are_killed(ranks, tmp_path):
+    start = time.monotonic()
+    with pytest.raises(AssertionError) as caught:
+        kwargs = {"who": 1, "lock_folder": str(tmp_path)}
+        ranks.run(f"{JOBS}:one_raises", 3, kwargs=kwargs, timeout=60, grace=0.5)
+    text = str(caught.value)
+    assert "killed 0.5 s after rank 1 had failed" in text
+    assert text.index("rank 1 raised") < text.index("rank 0 ended by SIGKILL")
+    assert "KeyError: 'the number 17 is missing'" in text
+    assert "zygote_jobs.py" in text and "in one_raises" in text
+    assert time.monotonic() - start < 30
+    assert not is_held(tmp_path / "0") and not is_held(tmp_path / "2")
+
+
+def test_the_first_failure_stands_before_its_echo_on_other_ranks(run_ranks):
+    with pytest.raises(AssertionError) as caught:
+        run_ranks(f"{JOBS}:one_raises_others_reduce", 3, who=2)
+    text = str(caught.value)
+    assert "3 of 3 ranks failed" in text
+    assert text.index("rank 2 raised") < min(text.index(f"rank {r} raised") for r in (0, 1))
+
+
+def test_a_hang_is_killed_by_the_timeout_and_shows_where(run_ranks):
+    start = time.monotonic()
+    with pytest.raises(AssertionError) as caught:
+        run_ranks(f"{JOBS}:one_hangs", 2, timeout=2, who=1)
+    assert time.monotonic() - start < 30
+    text = str(caught.value)
+    assert "rank 1 ended by SIGKILL" in text
+    assert "in sleep_on_purpose" in text
+
+
+def test_a_crash_is_reported_by_its_signal_and_stack(ranks):
+    with pytest.raises(AssertionError) as caught:
+        ranks.run(f"{JOBS}:one_crashes", 2, kwargs={"who": 0}, timeout=20, grace=0.5)
+    text = str(caught.value)
+    assert text.index("rank 0 ended by SIGSEGV") < text.index("rank 1 ")
+    assert "in one_crashes" in text
+
+
+def test_a_rank_that_exits_has_failed(run_ranks):
+    with pytest.raises(AssertionError, match="SystemExit: 0"):
+        run_ranks(f"{JOBS}:leaves_early", 1)
+
+
+def test_a_result_that_json_does_not_hold_is_an_error(run_ranks):
+    with pytest.raises(AssertionError, match="set is not JSON serializable"):
+        run_ranks(f"{JOBS}:returns_a_set", 1)
+
+
+def test_an_unknown_job_is_an_error(run_ranks):
+    with pytest.raises(AssertionError, match="no_such_job"):
+        run_ranks(f"{JOBS}:no_such_job", 1)
+
+
+@pytest.mark.parametrize("how", ["zygote killed", "client gone"])
+def test_ranks_and_what_they_started_die_with_the_zygote(tmp_path, how):
+    own, lock, errors = Ranks(), tmp_path / "lock", []
+    kwargs = {"lock": str(lock), "hang": True}
+
+    def job() -> None:
+        try:
+            own.run(f"{JOBS}:starts_a_process", 1, kwargs=kwargs, timeout=100)
+        except AssertionError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=job)
+    thread.start()
+    assert wait_for((tmp_path / "lock.started").exists, seconds=60)
+    assert is_held(lock)
+    assert own.process is not None and own.process.stdin is not None
+    if how == "zygote killed":
+        os.kill(own.process.pid, signal.SIGKILL)
+    else:
+        own.process.stdin.close()
+    thread.join(30)
+    assert errors == ["the process that ranks are forked from has ended"]
+    assert wait_for(lambda: not is_held(lock))
+
+
+def test_what_a_rank_leaves_running_ends_with_it(run_ranks, tmp_path):
+    lock = tmp_path / "lock"
+    assert run_ranks(f"{JOBS}:starts_a_process", 1, lock=str(lock), hang=False) == [None]
+    assert wait_for(lambda: not is_held(lock))
+
+
+def test_a_killed_rank_is_noticed_though_its_fork_lives_on(run_ranks, tmp_path):
+    lock = tmp_path / "lock"
+    start = time.monotonic()
+    with pytest.raises(AssertionError, match="rank 0 ended by SIGKILL"):
+        run_ranks(f"{JOBS}:dies_while_its_fork_lives", 1, timeout=60, lock=str(lock))
+    assert time.monotonic() - start < 30
+    assert wait_for(lambda: not is_held(lock))
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ("import no_such_module", "No module named 'no_such_module'"),
+        ("import torch\nX = torch.zeros(3)", "ran in the process that ranks are forked from"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_or_computes_is_a_loud_failure(tmp_path, body, text):
+    package = tmp_path / "megalite"
+    (package / "room").mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "room" / "__init__.py").write_text("")
+    (package / "room" / "bad.py").write_text(body + "\n")
+    # A stand-in package comes first on the path, and the harness is the real one.
+    code = (
+        f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]\n"
+        "from tests.ranks.zygote import main; main()"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=tmp_path,
+    )
+    assert '{"error": ' in result.stdout
+    assert text in result.stdout

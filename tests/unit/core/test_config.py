@@ -1,0 +1,120 @@
+"""The Config: its fields, its ranges, its file form. Layout rows: tests/unit/test_front_door.py."""
+
+import dataclasses
+import json
+import math
+from typing import get_type_hints
+
+import pytest
+
+from megalite.core.check import RULE_OF, divisors, kinds_of, nearest
+from megalite.core.cli import field_docs
+from megalite.core.config import Config, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
+from megalite.core.errors import UserError
+from megalite.train.recipes import RECIPES
+
+GROUPS = [type(getattr(Config(), f.name)) for f in dataclasses.fields(Config)]
+
+
+def numeric_fields():
+    for group in GROUPS:
+        for name, hint in get_type_hints(group).items():
+            if set(kinds_of(hint)[0]) & {int, float}:
+                yield group, name, hint
+
+
+def refusal(group, **values):
+    with pytest.raises(UserError) as caught:
+        Config(**{group: type(getattr(Config(), group))(**values)}).check(1)
+    return str(caught.value)
+
+
+def test_field_names_are_unique_over_all_groups():
+    names = [f.name for group in GROUPS for f in dataclasses.fields(group)]
+    assert len(names) == len(set(names))
+
+
+def test_every_field_is_documented():
+    for group in GROUPS:
+        docs = field_docs(group)
+        missing = [f.name for f in dataclasses.fields(group) if not docs.get(f.name, "").strip()]
+        assert not missing, f"{group.__name__}: {missing}"
+
+
+def test_every_number_has_a_range():
+    assert [name for _, name, _ in numeric_fields() if name not in RULE_OF] == []
+
+
+def test_every_number_refuses_what_is_no_number():
+    group_of = {type(getattr(Config(), f.name)): f.name for f in dataclasses.fields(Config)}
+    for group, name, _ in numeric_fields():
+        for bad in (math.nan, math.inf, -1, True, "3"):
+            text = refusal(group_of[group], **{name: bad})
+            assert text.startswith(f"--{name.replace('_', '-')} {bad}: "), text
+
+
+def test_default_config_and_all_recipes_are_legal():
+    Config().check(1)
+    for make in RECIPES.values():
+        layout = make().layout
+        make().check(layout.tp * layout.pp * layout.cp * (layout.dp or 1))
+
+
+LEGAL = [  # what larger systems refuse, and what sits on the edge of a rule
+    ({"layout": LayoutConfig(pp=2, zero=0)}, 2),
+    ({"layout": LayoutConfig(pp=4, zero=1), "train": TrainConfig(global_batch_size=4)}, 4),
+    ({"layout": LayoutConfig(tp=1, sequence_parallel=True)}, 1),
+    ({"layout": LayoutConfig(pp=3)}, 3),
+    ({"layout": LayoutConfig(tp=4), "model": ModelConfig(vocab_size=50257)}, 4),
+    ({"layout": LayoutConfig(tp=4), "model": ModelConfig(num_kv_heads=2)}, 8),
+    ({"layout": LayoutConfig(tp=2, sequence_parallel=False), "model": ModelConfig(seq_len=255)}, 2),
+    ({"layout": LayoutConfig(pp=2, vpp=2, schedule="interleaved")}, 2),
+    ({"layout": LayoutConfig(pp=2, pp_layers=(1, 3))}, 2),
+    ({"train": TrainConfig(precision="bf16", device="cpu")}, 1),
+    ({"train": TrainConfig(precision="fp16", device="cuda")}, 1),
+    ({"optim": OptimConfig(warmup_steps=100, clip_grad=0.0, weight_decay=0.0)}, 1),
+    ({"model": ModelConfig(sliding_window=1, position="rope", dropout=0.99)}, 1),
+]
+
+
+@pytest.mark.parametrize("groups, world", LEGAL)
+def test_legal_config_is_accepted(groups, world):
+    Config(**groups).check(world)
+
+
+def test_data_ranks_are_what_the_other_axes_leave():
+    config = Config(layout=LayoutConfig(tp=2, pp=2), train=TrainConfig(global_batch_size=24))
+    assert config.data_ranks(12) == 3
+    assert config.num_microbatches(12) == 2
+
+
+def test_json_round_trip_gives_the_same_config():
+    config = Config(
+        layout=LayoutConfig(pp=2, pp_layers=(3, 1), bucket_mb=2.5),
+        model=ModelConfig(num_kv_heads=2, logit_soft_cap=30.0),
+    )
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_partial_dict_keeps_the_other_defaults():
+    assert Config.from_dict({"optim": {"lr": 0.5}}).optim.beta1 == OptimConfig().beta1
+
+
+@pytest.mark.parametrize(
+    "tree, text",
+    [
+        ({"optimizer": {}}, "config: unknown group 'optimizer'"),
+        ({"optim": {"lrr": 1}}, "config optim: unknown key 'lrr'"),
+        ({"optim": 3}, "config optim: expected an object"),
+        ([], "config: expected an object"),
+    ],
+)
+def test_foreign_dict_is_refused(tree, text):
+    with pytest.raises(UserError, match=text):
+        Config.from_dict(tree)
+
+
+def test_divisors_and_nearest():
+    assert divisors(12) == [1, 2, 3, 4, 6, 12]
+    assert divisors(49) == [1, 7, 49]
+    assert nearest(divisors(4096), to=100, count=3) == [32, 64, 128]

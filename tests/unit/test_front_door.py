@@ -1,0 +1,367 @@
+"""`megalite <verb>`: each mistake on a command line is one line and one exit code on every rank.
+
+`main` runs in this process, with the environment torchrun would have made; two real processes show
+at the end that a second rank stays silent and that nothing was started before the refusal.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import megalite
+from megalite import __main__ as front
+from megalite.core.config import Config
+from megalite.core.world import World
+from megalite.data.corpus import CorpusArgs
+
+USER, DATA = 2, 3
+PRESETS = (
+    "gpt2-124m, gpt2-1.5b, gpt3-1.3b, gpt3-6.7b, gpt3-175b, gpt-1t, llama-tiny, llama-1b, "
+    "llama-7b, llama3-8b, llama3-70b"
+)
+
+
+def environment(world, rank=0):
+    """What torchrun sets for one rank of a world on one host."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29500",
+    }
+
+
+# (arguments after `pretrain`, ranks started, the one line)
+LAYOUT = [
+    ("--tp 2 --pp 2", 6, "layout: world size 6 is not divisible by tp*pp*cp = 2*2*1 = 4 "
+     "(use --nproc-per-node 4 or 8, or change --tp or --pp)"),
+    ("--tp 2 --pp 2", 2, "layout: world size 2 is not divisible by tp*pp*cp = 2*2*1 = 4 "
+     "(use --nproc-per-node 4, or change --tp or --pp)"),
+    ("--tp 2 --pp 2 --dp 3", 8, "--dp 3: tp*pp*cp*dp = 2*2*1*3 = 12, but the world has 8 ranks "
+     "(use --dp 2, or leave it out)"),
+    ("--dry-run --world 7 --tp 2", 1, "layout: world size 7 is not divisible by tp*pp*cp = "
+     "2*1*1 = 2 (use --nproc-per-node 6 or 8, or change --tp or --pp)"),
+    ("--world 8", 1, "--world 8: only --dry-run uses it (torchrun says how many ranks run)"),
+    ("--num-heads 8 --tp 3", 3,
+     "--tp 3: --num-heads 8 is not divisible by 3 (allowed: 1, 2, 4, 8)"),
+    ("--hidden-size 96 --num-heads 12 --num-kv-heads 6 --tp 4", 4,
+     "--tp 4: no divisor and no multiple of --num-kv-heads 6 (allowed: 1, 2, 3, 6, 12)"),
+    ("--ffn-hidden-size 510 --tp 4", 4,
+     "--tp 4: --ffn-hidden-size 510 is not divisible by 4 (allowed: 1, 2)"),
+    ("--num-heads 5", 1, "--num-heads 5: --hidden-size 128 is not divisible by 5 "
+     "(allowed: 1, 2, 4, 8, 16, 32, 64, 128)"),
+    ("--num-heads 8 --num-kv-heads 3", 1,
+     "--num-kv-heads 3: does not divide --num-heads 8 (allowed: 1, 2, 4, 8)"),
+    ("--position rope --hidden-size 12 --num-heads 4", 1,
+     "--position rope: needs an even head size, but --hidden-size 12 / --num-heads 4 = 3 "
+     "(change one of them, or use --position learned)"),
+    ("--seq-len 255 --tp 2", 2, "--seq-len 255: sequence parallelism cuts it over --tp 2 "
+     "(nearest: 254, 256; or --no-sequence-parallel)"),
+    ("--global-batch-size 30", 2, "--global-batch-size 30: not a multiple of --micro-batch-size 4 "
+     "* dp 2 = 8 (nearest: 24, 32)"),
+    ("--global-batch-size 4", 2, "--global-batch-size 4: not a multiple of --micro-batch-size 4 "
+     "* dp 2 = 8 (nearest: 8)"),
+    ("--num-layers 12 --pp 4 --pp-layers 3,3,2,2", 4,
+     "--pp-layers 3,3,2,2: sums to 10, the model has 12 layers"),
+    ("--num-layers 12 --pp 4 --pp-layers 6,3,3", 4,
+     "--pp-layers 6,3,3: names 3 stages, but --pp 4 * --vpp 1 makes 4"),
+    ("--pp 2 --pp-layers 4,0", 2, "--pp-layers 4,0: each stage needs at least 1 layer"),
+    ("--pp 8", 8, "--pp 8: 8 * vpp 1 = 8 stages, but the model has 4 layers "
+     "(the largest --pp is 4)"),
+    ("--pp 4 --vpp 2 --schedule interleaved", 4, "--pp 4: 4 * vpp 2 = 8 stages, but the model has "
+     "4 layers (the largest --pp is 2)"),
+    ("--pp 2 --vpp 2", 2, "--vpp 2: needs --schedule interleaved (got 1f1b)"),
+    ("--vpp 2 --schedule interleaved", 1, "--vpp 2: needs --pp above 1 (got 1)"),
+    ("--schedule 1f1", 1,
+     "unknown --schedule '1f1' (did you mean 1f1b? known: gpipe, 1f1b, interleaved)"),
+    ("--optimizer adam", 1, "--optimizer adam: expected one of adamw"),
+    ("--zero 2", 2, "--zero 2: stages 0 and 1 exist (use 0 or 1)"),
+    ("--zero 3 --pp 2", 2, "--zero 3: stages 0 and 1 exist (use 0 or 1)"),
+    ("--cp 2", 2, "--cp 2: sequences are not cut over ranks yet (use --cp 1)"),
+    ("--device cpu --precision fp16", 1,
+     "--precision fp16: not on --device cpu (use bf16 or fp32)"),
+    ("--warmup-steps 101", 1, "--warmup-steps 101: more than --train-steps 100"),
+    ("--sliding-window 0", 1, "--sliding-window 0: must be an integer >= 1"),
+]  # fmt: skip
+
+COMMAND_LINE = [
+    ("--learing-rate 3e-4", "unknown option --learing-rate (did you mean --lr?)"),
+    ("--lr 1 --tp 2 --lr 1", "--lr: given twice"),
+    ("--lr", "--lr: needs a value"),
+    ("--lr --tp 2", "--lr: needs a value"),
+    ("--lr abc", "--lr abc: expected a number"),
+    ("--lr nan", "--lr nan: must be a finite number > 0"),
+    ("--lr inf", "--lr inf: must be a finite number > 0"),
+    ("--lr 1e400", "--lr 1e400: must be a finite number > 0"),
+    ("--lr -1e-4", "--lr -1e-4: must be a finite number > 0"),
+    ("--lr 0", "--lr 0: must be a finite number > 0"),
+    ("--tp 0", "--tp 0: must be an integer >= 1"),
+    ("--tp 1.5", "--tp 1.5: expected an integer"),
+    ("--tp 99999999999", "--tp 99999999999: must be at most 2147483647"),
+    ("--dropout 1", "--dropout 1: must be a finite number in [0, 1)"),
+    ("--beta2 1", "--beta2 1: must be a finite number in [0, 1)"),
+    ("--wsd-decay-share 0", "--wsd-decay-share 0: must be a finite number in (0, 1]"),
+    ("--seed -1", "--seed -1: must be an integer >= 0"),
+    ("--pp-layers 3,x", "--pp-layers 3,x: expected integers as 3,3,2,2"),
+    ("--device gpu", "--device gpu: expected one of auto, cpu, cuda"),
+    ("--resume=yes", "--resume: takes no value (use --resume or --no-resume)"),
+    ("--out ''", "--out: must not be empty"),
+    ("--data ''", "--data: must not be empty"),
+    ("junk", "unexpected argument 'junk' (see megalite pretrain --help)"),
+    ("--model gpt2", f"unknown --model 'gpt2' (did you mean gpt2-124m? known: {PRESETS})"),
+    ("--recipe dem", "unknown --recipe 'dem' (did you mean demo? known: demo)"),
+    ("--recipe demo --config x", "--recipe: not together with --config (both are a whole run)"),
+    ("--config absent", "--config absent: No such file or directory"),
+    ("--config text.txt",
+     "--config text.txt: not JSON (Expecting value: line 1 column 1 (char 0))"),
+    ("--config other.json", "--config other.json: config: unknown group 'lr' "
+     "(known: model, layout, data, optim, train)"),
+    ("--out text.txt", "--out text.txt: is a file, a run needs a directory"),
+    ("--out text.txt/run", "--out text.txt/run: cannot write in text.txt"),
+    ("--init-from absent", "--init-from absent: no such run or checkpoint directory"),
+]  # fmt: skip
+
+MISSING_DATA = [
+    ("--data absent", "--data absent: no file absent.bin (make it with megalite preprocess)"),
+    ("--valid-data text", "--valid-data text: no file text.bin (make it with megalite preprocess)"),
+    ("--tokenizer absent",
+     "--tokenizer absent: no such file (make it with megalite tokenizer train)"),
+]  # fmt: skip
+
+GENERATE = [
+    ("", "CHECKPOINT: is required (see megalite generate --help)"),
+    ("run", "PROMPT: is required (see megalite generate --help)"),
+    ("run ''", "PROMPT: must not be empty"),
+    ("run def --temperature nan", "--temperature nan: must be a finite number > 0"),
+    ("run def --temperature -1", "--temperature -1: must be a finite number > 0"),
+    ("run def --temperature 0", "--temperature 0: must be a finite number > 0"),
+    ("run def --top-p 1.7", "--top-p 1.7: must be a finite number in (0, 1]"),
+    ("run def --top-p 0", "--top-p 0: must be a finite number in (0, 1]"),
+    ("run def --top-k 0", "--top-k 0: must be an integer >= 1"),
+    ("run def --num-samples 0", "--num-samples 0: must be an integer >= 1"),
+    ("run def --max-tokens -3", "--max-tokens -3: must be an integer >= 1"),
+    ("run def --seed 1.5", "--seed 1.5: expected an integer"),
+    ("run def more", "unexpected argument 'more' (see megalite generate --help)"),
+    ("run def --temprature 1", "unknown option --temprature (did you mean --temperature?)"),
+]
+
+VERBS = [
+    ("pretain", "unknown verb 'pretain' (did you mean pretrain? known: corpus, tokenizer, "
+     "preprocess, pretrain, generate)"),
+    ("tokenizer", "tokenizer: use tokenizer train or show"),
+    ("tokenizer learn", "tokenizer: unknown tokenizer verb 'learn'; use tokenizer train or show"),
+    ("--lr 3", "unknown verb '--lr' (known: corpus, tokenizer, preprocess, pretrain, generate)"),
+]  # fmt: skip
+
+ROWS = (
+    [(f"pretrain {argv}", world, text, USER) for argv, world, text in LAYOUT]
+    + [(f"pretrain {argv}", 1, text, USER) for argv, text in COMMAND_LINE]
+    + [(f"pretrain {argv}", 1, text, DATA) for argv, text in MISSING_DATA]
+    + [(f"generate {argv}", 1, text, USER) for argv, text in GENERATE]
+    + [(argv, 1, text, USER) for argv, text in VERBS]
+)
+
+
+def split(line):
+    """The words of a row; '' is the empty one."""
+    return ["" if word == "''" else word for word in line.split()]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A directory with one text file and one JSON file that is no config; nothing of torchrun."""
+    (tmp_path / "text.txt").write_text("hello")
+    (tmp_path / "other.json").write_text('{"lr": 1}')
+    monkeypatch.chdir(tmp_path)
+    for name in environment(1):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """The calls that the front door hands over, instead of the rooms behind it."""
+    calls = []
+    monkeypatch.setattr(
+        front, "_load", lambda place: lambda *args: calls.append((place.partition(":")[2], *args))
+    )
+    return calls
+
+
+@pytest.mark.parametrize("line, world, text, code", ROWS, ids=[row[0] for row in ROWS])
+def test_mistake_is_one_line_and_its_exit_code(line, world, text, code, here, monkeypatch, capsys):
+    if world > 1:
+        for name, value in environment(world).items():
+            monkeypatch.setenv(name, value)
+    assert front.main(split(line)) == code
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("", f"megalite: error: {text}\n")
+
+
+LAUNCH = [
+    ({"RANK": "0"}, "launch: RANK is set but WORLD_SIZE is not"),
+    ({"WORLD_SIZE": "2"}, "launch: WORLD_SIZE is set but RANK is not"),
+    ({**environment(2), "RANK": "two"}, "launch: RANK='two' is not a count"),
+    ({**environment(2), "WORLD_SIZE": "-2"}, "launch: WORLD_SIZE='-2' is not a count"),
+    ({**environment(2), "RANK": "2"}, "launch: RANK=2 does not fit in WORLD_SIZE=2"),
+    ({**environment(2), "LOCAL_WORLD_SIZE": "3"},
+     "launch: LOCAL_WORLD_SIZE=3 does not fit in WORLD_SIZE=2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("variables, text", LAUNCH)
+def test_half_an_environment_is_refused(variables, text, here, monkeypatch, capsys):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert front.main(["pretrain"]) == USER
+    line = f"megalite: error: {text} (start ranks with examples/launch.sh or torchrun)\n"
+    assert capsys.readouterr().err == line
+
+
+def test_host_has_one_speaker_and_each_host_has_one(here, monkeypatch, capsys):
+    for name, value in (environment(4, rank=3) | {"LOCAL_WORLD_SIZE": "2"}).items():
+        monkeypatch.setenv(name, value)
+    said = []
+    for local_rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        front.main(["pretrain", "--lr", "0"])
+        said.append(capsys.readouterr().err.count("\n"))
+    assert said == [1, 0]
+
+
+def test_layout_of_many_ranks_prints_how_to_start_them(here, loaded, capsys):
+    code = front.main(["pretrain", "--tp", "2", "--dp=3", "--global-batch-size", "12"])
+    argv = "pretrain --tp 2 --dp=3 --global-batch-size 12"
+    assert (code, loaded) == (USER, [])
+    assert capsys.readouterr().err.splitlines() == [
+        "megalite: error: the layout needs 6 ranks, and this is one process; run one of",
+        f"  examples/launch.sh 6 {argv}",
+        f"  torchrun --standalone --nproc-per-node 6 -m megalite {argv}",
+    ]
+
+
+def test_pretrain_gets_config_and_world(here, loaded, monkeypatch):
+    assert front.main(["pretrain"]) == 0
+    for name, value in environment(2, rank=1).items():
+        monkeypatch.setenv(name, value)
+    assert front.main(["pretrain"]) == 0
+    there = World(rank=1, size=2, local_rank=1, local_size=2, launched=True)
+    assert loaded == [("pretrain", Config(), World()), ("pretrain", Config(), there)]
+
+
+@pytest.mark.parametrize(
+    "argv, ranks", [("--world 64 --global-batch-size 64", 64), ("", 4), ("--dp 2", 8)]
+)
+def test_dry_run_needs_no_ranks(argv, ranks, here, loaded):
+    assert front.main(["pretrain", "--dry-run", "--tp=2", "--pp=2", *split(argv)]) == 0
+    assert [(call[0], call[2]) for call in loaded] == [("dry_run", ranks)]
+
+
+def test_one_process_verb_refuses_torchrun(here, monkeypatch, capsys):
+    for name, value in environment(2).items():
+        monkeypatch.setenv(name, value)
+    assert front.main(["corpus"]) == USER
+    line = "megalite: error: corpus: is one process, but WORLD_SIZE=2 (run it without torchrun)\n"
+    assert capsys.readouterr().err == line
+
+
+def test_corpus_is_told_where_this_python_keeps_its_library(here, monkeypatch):
+    seen: list[CorpusArgs] = []
+    monkeypatch.setattr("megalite.data.corpus.build_corpus", seen.append)
+    assert front.main(["corpus", "--out", "there"]) == 0
+    assert (seen[0].out, (Path(seen[0].stdlib) / "json/decoder.py").is_file()) == ("there", True)
+
+
+@pytest.mark.parametrize(
+    "trouble, code, line",
+    [
+        (KeyboardInterrupt(), 130, "megalite: interrupted\n"),
+        (BrokenPipeError(), 141, ""),
+        (
+            PermissionError(13, "Not yours", "a/b"),
+            5,
+            "megalite: error: a/b: Not yours\n",
+        ),
+    ],
+)
+def test_trouble_behind_the_door_ends_in_its_exit_code(trouble, code, line, monkeypatch, capfd):
+    def fail(argv, environment):
+        raise trouble
+
+    monkeypatch.setattr(front, "_run", fail)
+    assert front.main([]) == code
+    assert capfd.readouterr().err == line
+
+
+def test_overview_names_every_verb(capsys):
+    assert front.main(["--help"]) == 0
+    assert front.main([]) == USER
+    shown = capsys.readouterr().out
+    for name, verb in front.VERBS.items():
+        assert shown.count(f"  {name} ") == 2 and shown.count(verb.about) == 2
+
+
+def test_version(capsys):
+    front.main(["--version"])
+    assert capsys.readouterr().out == f"megalite {megalite.__version__}\n"
+
+
+DRIVER = """
+import contextlib, io, json, sys
+from megalite.__main__ import main
+rows = []
+for argv in json.loads(sys.argv[1]):
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        code = main(argv)
+    rows.append([code, said.getvalue()])
+print(json.dumps([rows, "torch" in sys.modules]))
+"""
+
+
+def started(command, rank):
+    root = str(Path(megalite.__file__).parents[1])
+    paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    surroundings = {**os.environ, **environment(2, rank), "PYTHONPATH": paths}
+    return subprocess.Popen(
+        [sys.executable, *command],
+        env=surroundings,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_two_ranks_refuse_alike_and_the_first_one_speaks_before_torch_is_imported(here):
+    alike = [row for row in ROWS if row[0].startswith("pretrain") and row[1] in (1, 2)]
+    argv = json.dumps([split(row[0]) for row in alike])
+    ranks = [started(["-c", DRIVER, argv], rank) for rank in (0, 1)]
+    (first, has_torch), (second, _) = [json.loads(p.communicate(timeout=60)[0]) for p in ranks]
+    assert not has_torch
+    assert [code for code, _ in first] == [code for code, _ in second]
+    for row, (code, said), (_, silence) in zip(alike, first, second, strict=True):
+        assert code == row[3] and said.count("\n") == 1 and silence == "", row[0]
+
+
+def test_real_command_on_two_ranks_prints_one_line(here):
+    ranks = [started(["-m", "megalite", "pretrain", "--lr", "nan"], rank) for rank in (0, 1)]
+    said = [(p.communicate(timeout=60), p.returncode) for p in ranks]
+    line = "megalite: error: --lr nan: must be a finite number > 0\n"
+    assert said == [(("", line), USER), (("", ""), USER)]
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "tokenizer train"])
+def test_help_does_not_wait_for_torch(verb, here):
+    program = (
+        "import sys\nfrom megalite.__main__ import main\ntry:\n    main(sys.argv[1:])\n"
+        "except SystemExit as stop:\n    sys.exit(9 if 'torch' in sys.modules else stop.code)"
+    )
+    helped = started(["-c", program, *verb.split(), "--help"], 0)
+    out, err = helped.communicate(timeout=60)
+    assert (helped.returncode, err) == (0, "") and f"usage: megalite {verb}" in out
