@@ -37,12 +37,6 @@ def root_cause(error: ChildFailedError) -> tuple[int, int]:
     return min(codes.items(), key=suspicion)
 
 
-def has_spoken(error: ChildFailedError) -> bool:
-    """Whether this machine's first rank, which prints for all, ended with a message of its own."""
-    first = [failure for failure in error.failures.values() if failure.local_rank == 0]
-    return any(failure.exitcode in OWN_CODES for failure in first)
-
-
 def say_death(rank: int, code: int) -> None:
     """Prints what is known of a rank that could not speak for itself."""
     if code == -signal.SIGKILL:
@@ -62,9 +56,10 @@ def main() -> int:
         run.run(run.parse_args(sys.argv[1:]))
     except ChildFailedError as error:
         rank, code = root_cause(error)
-        if code not in OWN_CODES or not has_spoken(error):
-            say_death(rank, code)
-        return code if code in OWN_CODES else RUN_ERROR
+        if code in OWN_CODES:
+            return code
+        say_death(rank, code)
+        return RUN_ERROR
     except SignalException as error:
         return 128 + error.sigval
     return 0

@@ -11,6 +11,7 @@ import importlib
 import os
 import shlex
 import sys
+import time
 import sysconfig
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import megalite
 from megalite.core.errors import RunError, UserError
 
 INTERRUPTED = 130  # 128 + SIGINT, as a shell says it
+SPEAK_SECONDS = 20.0  # a slow start of the first rank; it is ended as soon as that one has spoken
 PIPE_CLOSED = 141  # 128 + SIGPIPE
 
 
@@ -60,7 +62,7 @@ VERBS: dict[str, Verb] = {
     ),
     "generate": Verb(
         about="go on from a prompt with a trained model",
-        schema="megalite.generate.command:GenerateArgs",
+        schema="megalite.generate.args:GenerateArgs",
         function="megalite.generate.command:generate",
     ),
 }
@@ -74,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except UserError as error:
         _complain(f"megalite: error: {error}")
+        _let_the_first_rank_speak()
         return error.exit_code
     except KeyboardInterrupt:
         _complain("megalite: interrupted")
@@ -94,6 +97,12 @@ def _complain(text: str) -> None:
     local_rank = os.environ.get("LOCAL_RANK", os.environ.get("RANK", ""))
     if not local_rank.isdigit() or int(local_rank) == 0:
         print(" ".join(text.splitlines()), file=sys.stderr, flush=True)
+
+
+def _let_the_first_rank_speak() -> None:
+    """Wait, on any but the first rank of a host: torchrun ends all ranks as soon as one has ended."""
+    if os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" in os.environ:
+        time.sleep(SPEAK_SECONDS)
 
 
 def _run(argv: list[str], environment: Mapping[str, str]) -> int:

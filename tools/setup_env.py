@@ -269,6 +269,8 @@ def make_peers():
     if ask(env.python, "import pip") is None:
         run(base.python, "-m", "venv", "--clear", env.path)
     env.link(base.python)
+    # A new venv of Python 3.10 or 3.11 has an old setuptools of its own, which hides .venv's.
+    env.pip_install("--quiet", "setuptools>=77")
     env.pip_install("--no-build-isolation", "-e", ".[peers]")
     env.write_stamp(base.read_stamp())
     say("done: .venv-peers")

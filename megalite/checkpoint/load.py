@@ -42,12 +42,16 @@ class Reader:
             target[slices(shift(both, box, _origin(box)))].copy_(numbers)
             filled += prod(box_shape(both))
         if filled != prod(box_shape(box)):
-            raise CheckpointError(f"{self.directory}: {name}: {filled} of {prod(box_shape(box))} numbers found")
+            raise CheckpointError(
+                f"{self.directory}: {name}: {filled} of {prod(box_shape(box))} numbers found"
+            )
 
     def _find(self, name: str, shape: tuple[int, ...]) -> SavedTensor:
         saved = self.manifest.tensors.get(name)
         if saved is None:
-            raise CheckpointError(f"{self.directory}: {name} is not in this checkpoint (another model?)")
+            raise CheckpointError(
+                f"{self.directory}: {name} is not in this checkpoint (another model?)"
+            )
         if saved.shape != shape:
             raise CheckpointError(
                 f"{self.directory}: {name}: checkpoint is {list(saved.shape)}, model wants {list(shape)}"
@@ -60,7 +64,9 @@ class Reader:
                 self._open[file] = safe_open(self.directory / file, framework="pt")
             return self._open[file].get_slice(key)[slices(box)]
         except (OSError, SafetensorError) as e:
-            raise CheckpointError(f"{self.directory / file}: cannot be read: {e} (file damaged)") from None
+            raise CheckpointError(
+                f"{self.directory / file}: cannot be read: {e} (file damaged)"
+            ) from None
 
 
 def _origin(box: Box) -> Box:
@@ -74,7 +80,9 @@ def load_weights(reader: Reader, params: Mapping[str, nn.Parameter]) -> None:
         traits = traits_of(param)
         param.zero_()
         for piece in traits.shard.pieces(traits.axes):
-            reader.fill(param[slices(piece.local)], f"weights/{name}", piece.whole, traits.shard.shape)
+            reader.fill(
+                param[slices(piece.local)], f"weights/{name}", piece.whole, traits.shard.shape
+            )
 
 
 @torch.no_grad()

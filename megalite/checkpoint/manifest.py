@@ -78,7 +78,9 @@ def read(directory: Path) -> Manifest:
         tree = json.loads(path.read_text(encoding="utf-8"))
         claimed = tree.pop("sha256")
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: not there (an unfinished save, or not a checkpoint)") from None
+        raise CheckpointError(
+            f"{path}: not there (an unfinished save, or not a checkpoint)"
+        ) from None
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as e:
         raise CheckpointError(f"{path}: cannot be read: {e} (file damaged)") from None
     if claimed != _digest(tree):
@@ -97,7 +99,9 @@ def check_files(directory: Path, manifest: Manifest) -> None:
         if Path(name).name != name or not path.is_file():
             raise CheckpointError(f"{path}: missing (the manifest lists it)")
         if path.stat().st_size != saved.size:
-            raise CheckpointError(f"{path}: {path.stat().st_size} bytes, the manifest says {saved.size}")
+            raise CheckpointError(
+                f"{path}: {path.stat().st_size} bytes, the manifest says {saved.size}"
+            )
         if file_sha256(path) != saved.sha256:
             raise CheckpointError(f"{path}: sha256 differs from the manifest (file damaged)")
 
@@ -130,13 +134,19 @@ def newest(path: Path) -> tuple[Path, Manifest, list[str]]:
     if passed_over:
         raise CheckpointError(passed_over[0])
     what = "no checkpoint found" if path.is_dir() else "no such directory"
-    raise CheckpointError(f"{path}: {what} (expected a run directory, or one of its checkpoints/step-*)")
+    raise CheckpointError(
+        f"{path}: {what} (expected a run directory, or one of its checkpoints/step-*)"
+    )
 
 
 def file_sha256(path: Path) -> str:
     """Hex sha256 of a file's bytes."""
     with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _slow(f)
+        return (
+            hashlib.file_digest(f, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else _slow(f)
+        )
 
 
 def sync_directory(path: Path) -> None:

@@ -72,12 +72,16 @@ def _write_part(partial: Path, optimizer: Optimizer, mesh: Mesh) -> None:
                 fresh = {"shape": part.slot.shard.shape, "dtype": str(flat.dtype)[6:], "boxes": []}
                 entry = tensors.setdefault(name, fresh)
                 key = f"{name}#{len(entry['boxes'])}"
-                data[key] = part.of(flat, base).detach().cpu().clone(memory_format=torch.contiguous_format)
+                data[key] = (
+                    part.of(flat, base).detach().cpu().clone(memory_format=torch.contiguous_format)
+                )
                 entry["boxes"].append({"box": part.whole, "file": file, "key": key})
     if data:
         save_file(data, partial / file)
         _sync_file(partial / file)
-    size, digest = ((partial / file).stat().st_size, mf.file_sha256(partial / file)) if data else (0, "")
+    size, digest = (
+        ((partial / file).stat().st_size, mf.file_sha256(partial / file)) if data else (0, "")
+    )
     part = {"tensors": tensors, "files": {file: {"size": size, "sha256": digest}} if data else {}}
     (partial / f"part-{mesh.rank:05d}.json").write_text(json.dumps(part), encoding="utf-8")
 
@@ -117,5 +121,3 @@ def remove_partial(root: Path) -> None:
     """Delete what killed saves left behind."""
     for leftover in root.glob(".partial-*") if root.is_dir() else ():
         shutil.rmtree(leftover, ignore_errors=True)
-
-

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megalite.core.errors import PeerFailed
 from megalite.core.log import Collective
 from megalite.core.mesh import Axis
 
@@ -37,12 +38,20 @@ class Pending:
     def wait(self) -> Tensor:
         if self._result is None:
             if self._work is not None:
-                self._work.wait()
+                wait_for(self._work)
             if self._entry is not None:
                 self._entry.completed = True
             self._result = self._finish()
             self._work = None
         return self._result
+
+
+def wait_for(work: dist.Work) -> None:
+    """Wait for a transfer; raises PeerFailed where the other side has gone, or does not come."""
+    try:
+        work.wait()
+    except RuntimeError as e:
+        raise PeerFailed(f"lost another rank: {e}") from e
 
 
 def _done(x: Tensor) -> Pending:
@@ -117,7 +126,9 @@ def reduce_scatter_start(x: Tensor, axis: Axis, *, out: Tensor | None = None) ->
     if wire == "all_to_all":
         parts = torch.empty_like(x)
         work = dist.all_to_all_single(parts, x, group=axis.group, async_op=True)
-        return Pending(work, entry, lambda: torch.sum(parts.unflatten(0, (axis.size, mine)), 0, out=result))
+        return Pending(
+            work, entry, lambda: torch.sum(parts.unflatten(0, (axis.size, mine)), 0, out=result)
+        )
     work = _reduce_scatter_single(result, x, group=axis.group, async_op=True)
     return Pending(work, entry, lambda: result)
 
@@ -132,7 +143,7 @@ def broadcast(x: Tensor, axis: Axis, src: int = 0) -> Tensor:
     if axis.size > 1:
         entry = _log("broadcast", "broadcast", axis, x)
         if not axis.is_fake:
-            dist.broadcast(x, axis.ranks[src], group=axis.group)
+            wait_for(dist.broadcast(x, axis.ranks[src], group=axis.group, async_op=True))
         entry.completed = True
     return x
 

@@ -18,6 +18,7 @@ from typing import Literal
 import regex
 from tqdm import tqdm
 
+from megalite.core.config import PathText
 from megalite.core.errors import UserError
 from megalite.data.documents import find_inputs, read_documents
 from megalite.data.tokenizer import Tokenizer, replace_surrogates
@@ -160,13 +161,13 @@ def _join(word: list[int], pair: Pair, made: int) -> list[int]:
 class TokenizerTrainArgs:
     """Train a tokenizer on text."""
 
-    input: str = "runs/corpus/train.jsonl"
+    input: PathText = "runs/corpus/train.jsonl"
     """A .txt, .jsonl or .jsonl.gz file, or a directory of those."""
     vocab_size: int = 2048
     """Token ids in all: 256 bytes, merges and 3 special tokens."""
     pattern: Literal["gpt4", "gpt2"] = "gpt4"
     """How text is cut into words before merging."""
-    out: str = "tokenizer.json"
+    out: PathText = "tokenizer.json"
     """The file to write, in the format of Hugging Face tokenizers."""
     json_key: str = "text"
     """Field of a .jsonl line that holds the text."""

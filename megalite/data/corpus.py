@@ -21,6 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megalite.core.config import PathText
 from megalite.core.errors import DataError, UserError
 from megalite.data.atomic import write_atomic
 
@@ -40,9 +41,9 @@ Document = tuple[str, str]  # name, text
 class CorpusArgs:
     """Build the default corpus from this machine's Python."""
 
-    out: str = "runs/corpus"
+    out: PathText = "runs/corpus"
     """Directory for train.jsonl, valid.jsonl and corpus.json."""
-    stdlib: str = ""
+    stdlib: PathText = ""
     """Directory of Python source to read (empty: this Python's standard library)."""
 
 
@@ -59,7 +60,7 @@ def build_corpus(args: CorpusArgs) -> None:
         print(f"corpus: {found}, going on with it and the language reference")
     documents = list(_drop_useless([*sources, *read_topics()], skipped))
     if len(documents) < 2:
-        raise DataError(f"--stdlib {root}: {len(documents)} documents are too few to hold one out")
+        raise DataError(f"--stdlib {root}: too few documents ({len(documents)}) to hold one out")
     held_out = choose_held_out([name for name, _ in documents])
     train, valid = (
         _write_jsonl(

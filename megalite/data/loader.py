@@ -92,7 +92,9 @@ class Loader:
         sequence_parallel: bool,
     ):
         if len(source) == 0:
-            raise DataError("the data holds fewer tokens than one sample needs (use a shorter --seq-len)")
+            raise DataError(
+                "the data holds fewer tokens than one sample needs (use a shorter --seq-len)"
+            )
         self.source, self.mesh, self.seed, self.device = source, mesh, seed, device
         self.micro_batch_size, self.num_microbatches = micro_batch_size, num_microbatches
         self.seq_cut = mesh.axis("tp") if sequence_parallel else None
@@ -115,12 +117,15 @@ class Loader:
 
     def _call(self, numbers: range) -> Call:
         n = len(self.source)
-        rows = [self.source.window(permuted(k % n, n, rng.key(self.seed, "epoch", k // n))) for k in numbers]
+        rows = [
+            self.source.window(permuted(k % n, n, rng.key(self.seed, "epoch", k // n)))
+            for k in numbers
+        ]
         return self._make(rows, list(numbers))
 
     def _plain_call(self, start: int, size: int, stop: int) -> Call:
         numbers = range(start, start + size)
-        empty = np.full_like(self.source.window(0), IGNORE)
+        empty = np.full(len(self.source.window(0)), IGNORE)
         rows = [self.source.window(k) if k < stop else empty for k in numbers]
         return self._make(rows, list(numbers))
 
@@ -128,7 +133,9 @@ class Loader:
         both = torch.from_numpy(np.stack(rows).astype(np.int64).T.copy())  # [s + 1, b]
         both = both.to(self.device, non_blocking=True)
         samples = torch.tensor(numbers, dtype=torch.int64, device=self.device)
-        return make_call(both[:-1].clamp(min=0), both[1:].contiguous(), samples, seq_cut=self.seq_cut)
+        return make_call(
+            both[:-1].clamp(min=0), both[1:].contiguous(), samples, seq_cut=self.seq_cut
+        )
 
 
 def permuted(idx: int, n: int, key: int) -> int:

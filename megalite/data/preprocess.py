@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
+from megalite.core.config import PathText
 from megalite.core.errors import UserError
 from megalite.data.atomic import write_atomic
 from megalite.data.documents import find_inputs, read_documents
@@ -30,11 +31,11 @@ from megalite.data.workers import encode_many
 class PreprocessArgs:
     """Turn text into token ids for training."""
 
-    input: str = "runs/corpus/train.jsonl"
+    input: PathText = "runs/corpus/train.jsonl"
     """A .txt, .jsonl or .jsonl.gz file, or a directory of those."""
-    tokenizer: str = "tokenizer.json"
+    tokenizer: PathText = "tokenizer.json"
     """The tokenizer to encode with."""
-    out: str = "runs/data/train"
+    out: PathText = "runs/data/train"
     """Prefix of the files to write: .bin, .idx, .json and .tokenizer.json."""
     json_key: str = "text"
     """Field of a .jsonl line that holds the text."""

@@ -18,6 +18,7 @@ from itertools import chain, pairwise
 
 import regex
 
+from megalite.core.config import PathText
 from megalite.core.errors import DataError
 from megalite.data.atomic import write_atomic
 from megalite.data.vocabulary import EOD, PATTERNS, Vocabulary, dump_vocabulary, load_vocabulary
@@ -28,6 +29,8 @@ CACHED_WORDS = 1 << 17
 CACHED_LENGTH = 64
 # Above this many bytes a search for the best pair at every merge costs more than a queue.
 SHORT_WORD = 24
+# A foreign pattern may take this long, and 10 microseconds a character more.
+PATTERN_SECONDS = 5.0
 
 
 class Tokenizer:
@@ -108,7 +111,7 @@ def _cut_guarded(pattern: regex.Pattern[str], text: str) -> list[str]:
     words = []
     end = 0
     try:
-        for match in pattern.finditer(text, timeout=5 + len(text) / 100_000):
+        for match in pattern.finditer(text, timeout=PATTERN_SECONDS + len(text) / 100_000):
             words += [text[end : match.start()], match.group()]
             end = match.end()
     except TimeoutError:
@@ -229,7 +232,7 @@ class _Merger:
 class TokenizerShowArgs:
     """What a tokenizer knows, and how it cuts a text."""
 
-    path: str = "tokenizer.json"
+    path: PathText = "tokenizer.json"
     """The tokenizer file."""
     text: str = ""
     """A text to cut into tokens (empty: none)."""

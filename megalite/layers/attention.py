@@ -30,7 +30,9 @@ from megalite.ops.softmax import attention_mask, masked_softmax
 class Attention(nn.Module):
     """[s or s/tp, b, h] -> the same."""
 
-    def __init__(self, cfg: ModelConfig, mesh: Mesh, *, layer: int, seed: int, row_sum: tuple[str, ...]):
+    def __init__(
+        self, cfg: ModelConfig, mesh: Mesh, *, layer: int, seed: int, row_sum: tuple[str, ...]
+    ):
         super().__init__()
         tp = mesh.axis("tp")
         q_size, kv_size = cfg.num_heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
@@ -38,7 +40,9 @@ class Attention(nn.Module):
         shared = cfg.kv_heads < tp.size
         kv = Block(kv_size, ("tp.kv" if shared else "tp", None), ("tp.rep",) if shared else ())
         blocks = (Block(q_size, ("tp", None)), kv, kv)
-        self.qkv = ColumnLinear(cfg.hidden_size, blocks, tp, bias=cfg.bias, init=gaussian(cfg.init_std))
+        self.qkv = ColumnLinear(
+            cfg.hidden_size, blocks, tp, bias=cfg.bias, init=gaussian(cfg.init_std)
+        )
         out = gaussian(cfg.init_std / sqrt(2 * cfg.num_layers))
         self.out = RowLinear(q_size, cfg.hidden_size, tp, bias=cfg.bias, row_sum=row_sum, init=out)
         self.num_heads, self.head_dim = cfg.num_heads // tp.size, cfg.head_dim
@@ -48,7 +52,11 @@ class Attention(nn.Module):
         # Each tp rank normalises its own heads only, whatever the sequence cut.
         self.q_norm = Norm(cfg.head_dim, cfg, tp, row_sum=("tp",)) if cfg.qk_norm else None
         self.k_norm = Norm(cfg.head_dim, cfg, tp, row_sum=("tp",)) if cfg.qk_norm else None
-        self.window, self.soft_cap, self.p = cfg.sliding_window, cfg.attention_soft_cap, cfg.attention_dropout
+        self.window, self.soft_cap, self.p = (
+            cfg.sliding_window,
+            cfg.attention_soft_cap,
+            cfg.attention_dropout,
+        )
         self.key = rng.key(seed, "attention dropout", layer)
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
@@ -78,7 +86,9 @@ class Attention(nn.Module):
         scores = q @ k.transpose(-1, -2) / sqrt(self.head_dim)  # [b, n, s, s]
         if self.soft_cap is not None:
             scores = self.soft_cap * torch.tanh(scores / self.soft_cap)
-        weights = masked_softmax(scores, attention_mask(call.positions, call.positions, self.window))
+        weights = masked_softmax(
+            scores, attention_mask(call.positions, call.positions, self.window)
+        )
         if self.p > 0 and call.training:
             heads = torch.arange(self.num_heads, device=q.device) + self.first_head
             hashed = rng.rows(
@@ -87,7 +97,9 @@ class Attention(nn.Module):
                 heads[:, None, None],
                 call.positions[:, None],
             )
-            weights = weights * keep_mask(hashed, call.positions, self.p).to(weights.dtype) / (1 - self.p)
+            weights = (
+                weights * keep_mask(hashed, call.positions, self.p).to(weights.dtype) / (1 - self.p)
+            )
         return weights @ v
 
 

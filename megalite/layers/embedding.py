@@ -38,7 +38,9 @@ class _Lookup(torch.autograd.Function):
         local, elsewhere = _local_rows(tokens, table, tp)
         ctx.local, ctx.elsewhere, ctx.table = local, elsewhere, table
         ctx.seq_cut, ctx.later = seq_cut, later
-        x = F.embedding(local, table).masked_fill_(elsewhere.unsqueeze(-1), 0.0)  # [s, b, h], partial over tp
+        x = F.embedding(local, table).masked_fill_(
+            elsewhere.unsqueeze(-1), 0.0
+        )  # [s, b, h], partial over tp
         return comm.reduce_scatter(x, seq_cut) if seq_cut else comm.all_reduce(x, tp)
 
     @staticmethod

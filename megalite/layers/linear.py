@@ -100,12 +100,16 @@ class _Row(torch.autograd.Function):
         return dx, None, None, None, None
 
 
-def column_linear(x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, tp: Axis, call: Call) -> Tensor:
+def column_linear(
+    x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, tp: Axis, call: Call
+) -> Tensor:
     """[s or s/tp, b, i] times a column-cut weight: [s, b, o/tp]."""
     return _Column.apply(_tracked(x), (weight, bias), tp, call.seq_cut, call.later)
 
 
-def row_linear(x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, tp: Axis, call: Call) -> Tensor:
+def row_linear(
+    x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, tp: Axis, call: Call
+) -> Tensor:
     """[s, b, i/tp] times a row-cut weight, summed over tp: [s or s/tp, b, o]."""
     return _Row.apply(_tracked(x), (weight, bias), tp, call.seq_cut, call.later)
 
@@ -126,7 +130,9 @@ class ColumnLinear(nn.Module):
         self.tp = tp
         cut = shard.Shard((sum(b.size for b in blocks), d_in), blocks)
         self.weight = new_param(cut, tp.named, init=init)
-        self.bias = new_param(shard.without_dim(cut, 1), tp.named, init=constant(0.0)) if bias else None
+        self.bias = (
+            new_param(shard.without_dim(cut, 1), tp.named, init=constant(0.0)) if bias else None
+        )
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
         """[s or s/tp, b, d_in] -> [s, b, d_out/tp]."""

@@ -29,7 +29,9 @@ class MLP(nn.Module):
         self.up = ColumnLinear(cfg.hidden_size, blocks, tp, bias=cfg.bias, init=gaussian(std))
         self.activation = _ACTIVATIONS[cfg.activation]
         out = gaussian(std / sqrt(2 * cfg.num_layers))
-        self.down = RowLinear(cfg.ffn, cfg.hidden_size, tp, bias=cfg.bias, row_sum=row_sum, init=out)
+        self.down = RowLinear(
+            cfg.ffn, cfg.hidden_size, tp, bias=cfg.bias, row_sum=row_sum, init=out
+        )
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
         """up, nonlinearity, down."""

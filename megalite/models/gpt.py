@@ -82,7 +82,9 @@ class GPT(nn.Module):
         tied = cfg.tie_embeddings
         if first or (last and tied):
             stages = (0, num_stages - 1) if tied and num_stages > 1 else None
-            self.embedding = Embedding(cfg, tp, uses=2 if tied and first and last else 1, tied=stages)
+            self.embedding = Embedding(
+                cfg, tp, uses=2 if tied and first and last else 1, tied=stages
+            )
         if first and cfg.position == "learned":
             self.position = Positions(cfg, tp, row_sum=row_sum)
         self.layers = nn.ModuleDict(
@@ -121,4 +123,6 @@ class GPT(nn.Module):
             logits = self.cfg.logit_soft_cap * torch.tanh(logits / self.cfg.logit_soft_cap)
         if call.labels is None:
             return logits
-        return cross_entropy_sum(logits.flatten(0, 1), call.labels.flatten(), self.cfg.vocab_size, self.tp)
+        return cross_entropy_sum(
+            logits.flatten(0, 1), call.labels.flatten(), self.cfg.vocab_size, self.tp
+        )

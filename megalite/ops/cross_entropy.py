@@ -28,8 +28,12 @@ def partials(logits: Tensor, top: Tensor, column: Tensor, here: Tensor) -> Tenso
     return torch.stack((logits.sum(-1), picked))
 
 
-def gradient_(weights: Tensor, total: Tensor, column: Tensor, here: Tensor, scale: Tensor) -> Tensor:
+def gradient_(
+    weights: Tensor, total: Tensor, column: Tensor, here: Tensor, scale: Tensor
+) -> Tensor:
     """Turn exp(logit - top) [t, v] into scale * (softmax - one-hot), in place; `scale` [t] is the loss's gradient."""
     weights.mul_((scale / total)[:, None])
-    weights.scatter_add_(1, column[:, None], torch.where(here, -scale, torch.zeros_like(scale))[:, None])
+    weights.scatter_add_(
+        1, column[:, None], torch.where(here, -scale, torch.zeros_like(scale))[:, None]
+    )
     return weights

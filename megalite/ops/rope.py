@@ -8,7 +8,9 @@ from torch import Tensor
 # s sequence, b micro batch, n heads, d head_dim
 
 
-def rope_angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rope_angles(
+    positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Cosine and sine [s, 1, 1, d/2] of each position's angles, computed in float64."""
     exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64) / head_dim
     angles = positions.to(torch.float64)[:, None] * theta**-exponent

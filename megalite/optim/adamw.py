@@ -17,7 +17,14 @@ class AdamW:
         self.cfg = cfg
 
     def update(
-        self, param: Tensor, grad: Tensor, state: dict[str, Tensor], *, step: int, lr: float, decay: bool
+        self,
+        param: Tensor,
+        grad: Tensor,
+        state: dict[str, Tensor],
+        *,
+        step: int,
+        lr: float,
+        decay: bool,
     ) -> None:
         """Update `param` in place from `grad`; all flat, of one dtype; `step` counts from 1."""
         adamw_(

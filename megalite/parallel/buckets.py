@@ -108,7 +108,9 @@ class FlatLayout:
                         spans.append((lo, hi))
         return spans
 
-    def boxes(self, within: Span, pieces_of: Callable[[Slot], Iterable[Piece]]) -> Iterator[FlatBox]:
+    def boxes(
+        self, within: Span, pieces_of: Callable[[Slot], Iterable[Piece]]
+    ) -> Iterator[FlatBox]:
         """Everything inside the flat range `within` as boxes of whole tensors, for the pieces asked of each slot."""
         for slot in self.slots:
             lo, hi = max(within[0], slot.start), min(within[1], slot.stop)
@@ -120,7 +122,9 @@ class FlatLayout:
                     both = overlap(run, piece.local)
                     if both is not None:
                         inside = shift(both, run, tuple((0, n) for n in shape))
-                        yield FlatBox(slot, shift(both, piece.local, piece.whole), (at, end), shape, inside)
+                        yield FlatBox(
+                            slot, shift(both, piece.local, piece.whole), (at, end), shape, inside
+                        )
                 at = end
 
     def partial_spans(self, axes: Mapping[str, Axis]) -> list[tuple[str, Span]]:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megalite.core.comm import wait_for
 from megalite.core.log import Collective
 from megalite.core.mesh import Mesh
 from megalite.schedule.action import Message, Schedule, edge_order
@@ -54,7 +55,7 @@ class Pipes:
         while message not in self._landed:
             arrived, buffer, work, entry = self._posted[src].popleft()
             if work is not None:
-                work.wait()
+                wait_for(work)
             entry.completed = True
             self._landed[arrived] = buffer
             self._post(src)
@@ -74,7 +75,9 @@ class Pipes:
     def end(self) -> None:
         """Wait until everything that was sent has left."""
         self._reap(wait=True)
-        assert not any(self._coming.values()) and not any(self._posted.values()) and not self._landed
+        assert (
+            not any(self._coming.values()) and not any(self._posted.values()) and not self._landed
+        )
 
     def _post(self, src: int) -> None:
         while self._coming[src] and len(self._posted[src]) <= AHEAD:
@@ -91,7 +94,7 @@ class Pipes:
         waiting = []
         for work, sent, entry in self._sending:
             if work is not None and wait:
-                work.wait()
+                wait_for(work)
             if work is None or wait or work.is_completed():
                 entry.completed = True
                 sent()

@@ -42,7 +42,12 @@ class Pipeline:
         self.schedule = schedule_for(1)
         self.last = self.schedule.num_stages - 1
         self.pipes = Pipes(mesh, self.schedule)
-        self._run = {Op.F: self._forward, Op.B: self._backward, Op.I: self._backward, Op.W: self._weights}
+        self._run = {
+            Op.F: self._forward,
+            Op.B: self._backward,
+            Op.I: self._backward,
+            Op.W: self._weights,
+        }
 
     @property
     def has_loss(self) -> bool:
@@ -57,7 +62,11 @@ class Pipeline:
         """
         self.seed = seed
         losses = self._walk(self.schedule_for(len(calls)), calls)
-        return torch.stack(losses).sum() if losses else torch.zeros((), dtype=seed.dtype, device=self.device)
+        return (
+            torch.stack(losses).sum()
+            if losses
+            else torch.zeros((), dtype=seed.dtype, device=self.device)
+        )
 
     @torch.no_grad()
     def evaluate(self, calls: Sequence[Call]) -> list[Tensor]:

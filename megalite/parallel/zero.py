@@ -92,7 +92,9 @@ class Zero:
         pending = []
         for bucket in self.buckets:
             lo, hi = self.my_range(bucket)
-            pending.append(comm.all_gather_start(bucket.params[lo:hi], self.axis, out=bucket.params))
+            pending.append(
+                comm.all_gather_start(bucket.params[lo:hi], self.axis, out=bucket.params)
+            )
         for gathering in pending:
             gathering.wait()
 

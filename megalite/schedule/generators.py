@@ -91,7 +91,7 @@ class _Ready:
         self.unfinished = len(everything)
         self.missing: dict[Action, int] = {}
         self.followers: dict[Action, list[Action]] = {}
-        self.heaps: list[list[list[tuple[int, int, Action]]]] = [
+        self.heaps: list[list[list[tuple[int, Action]]]] = [
             [[] for _ in prefer] for _ in range(max(placement) + 1)
         ]
         for action in everything:
@@ -103,10 +103,10 @@ class _Ready:
                 self._add(action)
 
     def take(self, rank: int, may_forward: bool) -> Action | None:
-        """The action that `rank` would rather do than any other; it is no longer ready."""
+        """Take out the action that `rank` prefers, of one op the earliest microbatch."""
         for i, heap in enumerate(self.heaps[rank]):
             if heap and (may_forward or i != self.forward):
-                return heappop(heap)[2]
+                return heappop(heap)[1]
         return None
 
     def finish(self, action: Action) -> set[int]:
@@ -121,10 +121,8 @@ class _Ready:
         return woken
 
     def _add(self, action: Action) -> None:
-        # Of one op, the earliest microbatch first; then the stage nearest to that op's last one.
-        onward = -action.stage if action.op is Op.F else action.stage
         heap = self.heaps[self.placement[action.stage]][self.rank_of_op[action.op]]
-        heappush(heap, (action.microbatch, onward, action))
+        heappush(heap, (action.microbatch, action))
 
 
 def _with_reductions(

@@ -62,13 +62,22 @@ def simulate(schedule: Schedule, cost: Cost = UNIT_COST, comm: Comm = 0.0) -> Ti
         start = free[rank]
         for earlier in before:
             ready = spans[earlier][1]
-            source = schedule.placement[earlier.stage]
-            if source != rank:
-                ready += delay(source, rank, action)
+            if schedule.placement[earlier.stage] != rank:
+                ready += _delay(schedule, rank, action, comm)
             start = max(start, ready)
         free[rank] = start + price(action)
         spans[action] = (start, free[rank])
     return Timeline(schedule, spans)
+
+
+def _delay(schedule: Schedule, rank: int, action: Action, comm: Comm) -> float:
+    """Seconds that the message which `action` starts with travels."""
+    if not callable(comm):
+        return comm
+    receiving = received(action, schedule)
+    assert receiving is not None, f"{action} needs another rank, but receives nothing"
+    source, message = receiving
+    return comm(source, rank, message)
 
 
 def _price(schedule: Schedule, cost: Cost) -> Callable[[Action], float]:

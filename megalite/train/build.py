@@ -82,7 +82,9 @@ def pick_device(config: Config, world: World) -> torch.device:
     if gpus == 0:
         raise UserError("--device cuda: no GPU is visible to torch (use --device cpu)")
     if world.local_size > gpus:
-        raise UserError(f"--device {asked}: {world.local_size} ranks on this host, {gpus} GPUs (use --device cpu)")
+        raise UserError(
+            f"--device {asked}: {world.local_size} ranks on this host, {gpus} GPUs (use --device cpu)"
+        )
     device = torch.device("cuda", world.local_rank)
     torch.cuda.set_device(device)
     return device

@@ -57,7 +57,9 @@ def forward_backward(engine: Engine, calls: Sequence[Call], *, stop: bool = Fals
     )
     squares, loss_sum, tokens, stops = comm.all_reduce(mine, engine.mesh.world)
     correction = expected / tokens.clamp(min=1)
-    return Reduced(loss_sum / tokens.clamp(min=1), tokens, correction * squares.sqrt(), correction, stops)
+    return Reduced(
+        loss_sum / tokens.clamp(min=1), tokens, correction * squares.sqrt(), correction, stops
+    )
 
 
 def update(engine: Engine, found: Reduced, *, lr: float) -> None:

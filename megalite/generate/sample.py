@@ -1,0 +1,66 @@
+"""From logits to the next token: temperature, top-k, top-p, and a random number that has a name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megalite.core import rng
+from megalite.core.errors import UserError
+
+# b requests, v vocabulary
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is drawn. Temperature 0 takes the most likely one."""
+
+    temperature: float = 0.8
+    top_k: int = 0
+    """Only the k most likely tokens (0: all)."""
+    top_p: float = 1.0
+    """Only the most likely tokens that together reach this probability."""
+    seed: int = 1234
+
+    def check(self) -> None:
+        """Raise UserError for a setting out of its range."""
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"--temperature {self.temperature}: must be a finite number >= 0")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top-p {self.top_p}: must be in (0, 1]")
+        if self.top_k < 0:
+            raise UserError(f"--top-k {self.top_k}: must be >= 0 (0: all tokens)")
+
+
+def probabilities(logits: Tensor, how: Sampling) -> Tensor:
+    """[b, v] logits to the float64 distribution that is drawn from; ties are broken by token id."""
+    wide = logits.double()
+    if how.temperature == 0:
+        return torch.nn.functional.one_hot(wide.argmax(-1), wide.shape[-1]).double()
+    p = torch.softmax(wide / how.temperature, dim=-1)
+    order = p.argsort(dim=-1, descending=True, stable=True)
+    ranked = p.gather(-1, order)
+    keep = torch.ones_like(ranked, dtype=torch.bool)
+    if how.top_k > 0:
+        keep[:, how.top_k :] = False
+    # A token stays if the ones before it have not reached top_p yet: the first always does.
+    keep &= ranked.cumsum(-1) - ranked < how.top_p
+    ranked = ranked * keep
+    return torch.zeros_like(p).scatter(-1, order, ranked / ranked.sum(-1, keepdim=True))
+
+
+def pick(logits: Tensor, how: Sampling, *, requests: Tensor, position: Tensor) -> Tensor:
+    """The next token [b] of each request: a function of its logits, the seed, its number and its position.
+
+    So a request draws the same tokens whatever else is in its batch.
+    """
+    total = probabilities(logits, how).cumsum(-1)
+    chance = rng.uniform(rng.rows(rng.key(how.seed, "sample"), requests, position))
+    chance = chance * total[:, -1]
+    return (
+        torch.searchsorted(total, chance[:, None], right=True)
+        .squeeze(-1)
+        .clamp(max=logits.shape[-1] - 1)
+    )

@@ -1,0 +1,133 @@
+"""What a run says on the screen: the layout first, one line a log interval, and what to do next at the end."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from pathlib import Path
+
+import torch
+
+from megalite.core.config import Config
+from megalite.models.presets import num_parameters
+
+WIDTH = 110
+
+
+def count(n: float) -> str:
+    """1.6M, 43k, 512."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if n >= size:
+            return f"{n / size:.1f}{letter}" if n < 100 * size else f"{n / size:.0f}{letter}"
+    return f"{n:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """4m48s, 1h02m, 12s."""
+    seconds = int(round(seconds))
+    if seconds >= 3600:
+        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+    return f"{seconds // 60}m{seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
+
+
+def layout_picture(config: Config, world_size: int) -> list[str]:
+    """The ranks as rows of pipeline stages and columns of data replicas, tp groups in brackets."""
+    layout, dp = config.layout, config.data_ranks(world_size)
+    inner = layout.cp * layout.tp
+    width = len(f"r{world_size - 1}")
+    cell = (width + 1) * inner + 3
+    replicas = max(1, min(dp, (WIDTH - 30) // (cell + 1)))
+    lines = ["     " + "".join(f"{f'dp{d}':<{cell}}" for d in range(replicas))]
+    for p in range(min(layout.pp, 16)):
+        groups = []
+        for d in range(replicas):
+            first = (p * dp + d) * inner
+            names = [f"r{first + i}" for i in range(inner)]
+            if inner > 8:
+                names = [names[0], "..", names[-1]]
+            groups.append(f"{'[' + ' '.join(names) + ']':<{cell}}")
+        more = " .." if replicas < dp else ""
+        lines.append(f"{f'pp{p}':<5}{''.join(groups).rstrip()}{more}")
+    if layout.pp > 16:
+        lines.append(f"..   {layout.pp - 16} more stages")
+    return lines
+
+
+def header(
+    config: Config, world_size: int, *, device: torch.device, data: str, bubble: float
+) -> list[str]:
+    """The lines a run starts with."""
+    layout, model, train = config.layout, config.model, config.train
+    dp = config.data_ranks(world_size)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    threads = torch.get_num_threads()
+    axes = [f"TP{layout.tp}", f"PP{layout.pp}", f"DP{dp}"] + (
+        [f"CP{layout.cp}"] if layout.cp > 1 else []
+    )
+    optim = config.optim
+    tokens = train.global_batch_size * model.seq_len
+    facts = [
+        f"model  {count(num_parameters(model))} parameters: {model.num_layers} layers, d {model.hidden_size}, "
+        f"{model.num_heads} heads, seq {model.seq_len}, vocab {model.vocab_size}",
+        f"data   {data}",
+        f"batch  {train.global_batch_size} samples = {tokens} tokens = DP{dp} x micro {train.micro_batch_size} "
+        f"x accum {config.num_microbatches(world_size)}",
+        f"order  {layout.schedule}, bubble {100 * bubble:.1f}% by simulation",
+        f"optim  {optim.optimizer}, ZeRO-{layout.zero}, {optim.lr_decay} from {optim.lr:.0e}, {train.train_steps} steps",
+    ]
+    plural = "s" if threads > 1 else ""
+    lines = [
+        f"megalite pretrain | torch {torch.__version__} {backend} | {world_size} ranks, {threads} "
+        f"thread{plural} each | out {train.out}",
+        f"  layout {' x '.join(axes)} ({world_size} ranks)",
+    ]
+    lines += [f"      {line}" for line in layout_picture(config, world_size)]
+    return lines + [f"  {fact}" for fact in facts]
+
+
+class Progress:
+    """The running line: percent, loss, rate and the time that is left."""
+
+    def __init__(self, config: Config, world_size: int, first_step: int):
+        self.config, self.world_size = config, world_size
+        self.started, self.first = time.monotonic(), first_step
+        self.last_time, self.last_step = self.started, first_step
+
+    def line(self, step: int, *, loss: float, norm: float, lr: float) -> str:
+        """The line of `step` (counted from 1)."""
+        now = time.monotonic()
+        train = self.config.train
+        steps = max(1, step - self.last_step)
+        per_step = (now - self.last_time) / steps
+        rate = train.global_batch_size * self.config.model.seq_len / max(per_step, 1e-9)
+        self.last_time, self.last_step = now, step
+        left = (train.train_steps - step) * (now - self.started) / max(1, step - self.first)
+        width = len(str(train.train_steps))
+        return (
+            f"step {step:>{width}}/{train.train_steps} {100 * step // train.train_steps:3d}%  loss {loss:6.3f}  "
+            f"gnorm {norm:5.2f}  lr {lr:.1e}  {count(rate)} tok/s  {per_step:.2f} s/step  eta {duration(left)}"
+        )
+
+
+def held_out(loss: float, bits: float | None, gzip_bits: float | None) -> str:
+    """A held-out loss in words anyone can compare."""
+    text = f"held-out loss {loss:.3f}"
+    if bits is not None:
+        text += f" = {bits:.3f} bits/byte"
+    if gzip_bits is not None:
+        text += f" (gzip -9 of the same text: {gzip_bits:.2f})"
+    return text
+
+
+def command(program: str, *words: str) -> str:
+    """A command line that can be pasted into the shell this run was started from."""
+    beside = Path(".venv/bin") / program
+    if shutil.which(program) is None and beside.exists():
+        program = str(beside)
+    return " ".join((program, *words))
+
+
+def is_number(x: float) -> bool:
+    """Neither infinite nor NaN."""
+    return math.isfinite(x)

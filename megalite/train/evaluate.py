@@ -1,0 +1,101 @@
+"""Held-out loss, bits per byte beside gzip's, and samples, at whatever layout the run has."""
+
+from __future__ import annotations
+
+import gzip
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megalite.core import comm
+from megalite.data.loader import Loader, Windows
+from megalite.data.tokenizer import Tokenizer
+from megalite.generate.engine import NextLogits, at_last, generate, inference_call
+from megalite.generate.sample import Sampling
+from megalite.train.build import Engine
+
+# s sequence, b micro batch, v vocabulary
+
+GZIP_LIMIT = 64 * 2**20
+"""Tokens beyond these are left out when the held-out text is compressed: gzip's ratio has settled by then."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out text, and what it takes to state a loss in bits per byte of it."""
+
+    loader: Loader
+    bytes_of: np.ndarray | None
+    """Bytes of each token id; None without a tokenizer."""
+    gzip_bits_per_byte: float | None
+
+
+def held_out(loader: Loader, tokenizer: Tokenizer | None) -> HeldOut:
+    """Measure the held-out windows of `loader`."""
+    if tokenizer is None:
+        return HeldOut(loader, None, None)
+    sizes = [
+        0 if i in tokenizer.special.values() else len(b)
+        for i, b in enumerate(tokenizer.token_bytes)
+    ]
+    assert isinstance(loader.source, Windows)
+    special = set(tokenizer.special.values())
+    ids = [i for i in loader.source.tokens[1:GZIP_LIMIT].tolist() if i not in special]
+    text = tokenizer.decode_bytes(ids)
+    return HeldOut(loader, np.array(sizes), 8 * len(gzip.compress(text, 9)) / max(1, len(text)))
+
+
+def evaluate(engine: Engine, data: HeldOut, samples: int) -> tuple[float, float | None]:
+    """Mean loss and bits per byte over the first `samples` held-out windows; all ranks call it together."""
+    loader, dp = data.loader, engine.mesh.axis("dp")
+    samples = min(samples, len(loader.source))
+    at_once = loader.micro_batch_size * loader.num_microbatches * dp.size
+    total = torch.zeros(3, dtype=torch.float64, device=engine.device)
+    for first in range(0, samples, at_once):
+        calls = loader.ordered(first, min(at_once, samples - first))
+        losses = engine.pipeline.evaluate(calls)
+        if engine.counts_loss:
+            labels = torch.cat([c.labels.flatten() for c in calls if c.labels is not None])
+            total[0] += torch.stack(losses).sum()
+            total[1] += (labels >= 0).sum()
+            if data.bytes_of is not None:
+                total[2] += int(data.bytes_of[labels[labels >= 0].cpu().numpy()].sum())
+    loss, tokens, size = comm.all_reduce(total, engine.mesh.world).tolist()
+    bits = loss / (size * math.log(2)) if size else None
+    return loss / max(1.0, tokens), bits
+
+
+def pipeline_logits(engine: Engine) -> NextLogits:
+    """Next-token logits of a model that is cut over tp and pp: the same on every rank of a pipeline."""
+    tp, pp = engine.mesh.axis("tp"), engine.mesh.axis("pp")
+    vocab = engine.config.model.vocab_size
+    placement = engine.pipeline.schedule.placement
+
+    def next_logits(tokens: Tensor, last: Tensor) -> Tensor:
+        made = engine.pipeline.evaluate([inference_call(tokens)])
+        if made:
+            mine = at_last(made[0], last).contiguous()  # [b, v/tp]
+            logits = comm.all_gather(mine, tp, dim=-1)[:, :vocab].contiguous()
+        else:
+            logits = torch.empty((tokens.shape[1], vocab), dtype=engine.dtype, device=engine.device)
+        return comm.broadcast(logits, pp, src=placement[-1])
+
+    return next_logits
+
+
+def sample(engine: Engine, tokenizer: Tokenizer, prompt: str, *, max_tokens: int, seed: int) -> str:
+    """A text that goes on from `prompt`; all ranks call it together and get the same."""
+    ids = tokenizer.encode(prompt)
+    made = generate(
+        pipeline_logits(engine),
+        [ids],
+        Sampling(temperature=0.8, seed=seed),
+        max_tokens=max_tokens,
+        seq_len=engine.config.model.seq_len,
+        stop=tokenizer.eod,
+        device=engine.device,
+    )
+    return tokenizer.decode(ids + made[0])

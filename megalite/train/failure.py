@@ -1,0 +1,105 @@
+"""How a run ends when it does not reach its last step: one cause on the screen, tracebacks in logs/, exit codes.
+
+Ctrl-C and SIGTERM end it in order, after a step and a checkpoint. A rank that fails says why, once for the
+whole run: the first to make `logs/cause` speaks, the others, and those that only lost their peer, are silent.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from megalite.core.config import Config
+from megalite.core.errors import PeerFailed, RunError, UserError
+from megalite.core.world import World
+
+
+@dataclass
+class Stop:
+    """Set by Ctrl-C or SIGTERM; the ranks agree on it with the next gradient norm."""
+
+    signal_number: int = 0
+
+    @property
+    def asked(self) -> bool:
+        return self.signal_number != 0
+
+    def listen(self) -> None:
+        """Take over both signals."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._hear)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self.signal_number = number
+
+
+def logs_of(config: Config) -> Path:
+    """Where the ranks of a run write their tracebacks."""
+    return Path(config.train.out) / "logs"
+
+
+@contextmanager
+def failures_told(config: Config, world: World) -> Iterator[None]:
+    """Run the body; turn what it raises into one line, a traceback file and an exit code."""
+    try:
+        yield
+    except PeerFailed:
+        _write_traceback(config, world)
+        sys.exit(RunError.exit_code)
+    except UserError as e:
+        if not isinstance(e, RunError):
+            raise  # alike on every rank: the front door prints it once
+        _write_traceback(config, world)
+        _tell(config, world, str(e))
+        sys.exit(e.exit_code)
+    except Exception as e:
+        path = _write_traceback(config, world)
+        _tell(config, world, f"{type(e).__name__}: {e} (traceback in {path})")
+        sys.exit(RunError.exit_code)
+
+
+def _write_traceback(config: Config, world: World) -> Path:
+    path = logs_of(config) / f"rank-{world.rank}.log"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as log:
+            traceback.print_exc(file=log)
+    except OSError:
+        traceback.print_exc()  # no room for a log: the screen is what is left
+    return path
+
+
+def _tell(config: Config, world: World, text: str) -> None:
+    """Print the cause, unless another rank has."""
+    line = f"megalite: error: {place_of(config, world)}: {' '.join(text.split())}"
+    try:
+        claim = os.open(logs_of(config) / "cause", os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+    except FileExistsError:
+        return
+    except OSError:
+        claim = None  # nothing can be written here: better told twice than never
+    print(line, file=sys.stderr, flush=True)
+    if claim is not None:
+        with os.fdopen(claim, "w", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+def forget_cause(config: Config) -> None:
+    """Make room for the cause of a new attempt; rank 0 calls it before the others can fail."""
+    (logs_of(config) / "cause").unlink(missing_ok=True)
+
+
+def place_of(config: Config, world: World) -> str:
+    """`rank 5 (pp1 dp0 tp1)`."""
+    layout, rank = config.layout, world.rank
+    rank, tp = divmod(rank, layout.tp)
+    rank //= layout.cp
+    pp, dp = divmod(rank, config.data_ranks(world.size))
+    return f"rank {world.rank} (pp{pp} dp{dp} tp{tp})"

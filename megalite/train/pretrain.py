@@ -1,0 +1,325 @@
+"""`megalite pretrain`: the loop around train_step, with everything a run reads, writes and says.
+
+Every rank walks the same lines; what differs is who prints and writes (rank 0) and who owns which numbers.
+Next: build.py for what a run is made of, loop.py for one step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import torch
+
+import megalite
+from megalite.checkpoint import manifest as mf
+from megalite.checkpoint.load import Reader, load_optimizer, load_weights
+from megalite.checkpoint.save import remove_partial, save
+from megalite.core import comm
+from megalite.core import mesh as mesh_module
+from megalite.core.config import Config
+from megalite.core.errors import CheckpointError, RunError, UserError
+from megalite.core.world import World
+from megalite.data.loader import Loader, TokenSource
+from megalite.models.build import head_flops, layer_flops
+from megalite.optim.lr import learning_rate
+from megalite.schedule.simulate import bubble
+from megalite.train import console
+from megalite.train.agree import check_agreement
+from megalite.train.build import (
+    build_engine,
+    build_mesh,
+    pick_device,
+    pick_dtype,
+    schedule_maker,
+)
+from megalite.train.data import find_tokenizer, open_data
+from megalite.train.evaluate import HeldOut, evaluate, held_out, sample
+from megalite.train.failure import Stop, failures_told, forget_cause
+from megalite.train.loop import Reduced, train_step
+from megalite.train.metrics import Metrics, peak_memory_gb
+from megalite.train.pictures import draw_loss, draw_schedule, timeline
+
+SAMPLE_TOKENS = 40
+
+
+def pretrain(config: Config, world: World) -> None:
+    """Train as `config` says; all ranks of `world` call it together.
+
+    A rank that fails writes its traceback to logs/rank-N.log and prints one line; the others end silently.
+    """
+    with failures_told(config, world):
+        Run(config, world).train()
+        mesh_module.disconnect()
+
+
+class Run:
+    """One run on one rank, from its files to its last line."""
+
+    def __init__(self, config: Config, world: World):
+        self.config, self.world, self.out = config, world, Path(config.train.out)
+        if world.rank == 0:
+            forget_cause(config)
+        self.device = pick_device(config, world)
+        dtype = pick_dtype(config, self.device)
+        self.mesh = build_mesh(config, world, self.device)
+        check_agreement(config, self.mesh, self.device)
+        self.stop = Stop()
+        self.stop.listen()
+        self.tokenizer = find_tokenizer(config)
+        source, description = open_data(config, config.data.data, self.mesh)
+        self.description = description
+        self._prepare_out()
+        self.engine = build_engine(config, self.mesh, device=self.device, dtype=dtype)
+        self.loader = self._loader(source)
+        self.held_out = self._held_out()
+        self.step, self.samples, self.tokens = self._start_point()
+        self.last_eval: tuple[float, float | None] | None = None
+
+    def train(self) -> None:
+        """Take the steps that are left, then say how it went."""
+        config, train = self.config, self.config.train
+        schedule = schedule_maker(config)(config.num_microbatches(self.world.size))
+        share = bubble(timeline(config, schedule))
+        self._say(
+            *console.header(
+                config, self.world.size, device=self.device, data=self.description, bubble=share
+            )
+        )
+        metrics = Metrics(self.out, from_step=self.step) if self._is_first else None
+        self.metrics = metrics
+        if metrics is not None:
+            draw_schedule(self.out / "schedule.svg", config, schedule)
+            metrics.board.add_scalar("perf/bubble", share, self.step)
+        if self.step:
+            self._say(f"resumed at step {self.step} from {self.out}/checkpoints")
+        progress = console.Progress(config, self.world.size, self.step)
+        began = time.monotonic()
+        saved = self.step
+        while self.step < train.train_steps:
+            found, lr = self._one_step()
+            if self.step % train.log_interval == 0 or self.step in (1, train.train_steps):
+                line = progress.line(
+                    self.step, loss=found.loss.item(), norm=found.norm.item(), lr=lr
+                )
+                self._say(line)
+            if train.eval_interval and self.step % train.eval_interval == 0:
+                self._evaluate(last=self.step == train.train_steps)
+            asked = found.stop.item() > 0
+            if asked or self.step == train.train_steps or _due(self.step, train.save_interval):
+                self._save()
+                saved = self.step
+            if asked and self.step < train.train_steps:
+                self._say_stopped(saved)
+                return
+        self._finish(time.monotonic() - began)
+
+    @property
+    def _is_first(self) -> bool:
+        return self.mesh.rank == 0
+
+    def _say(self, *lines: str) -> None:
+        if self._is_first:
+            print("\n".join(lines), flush=True)
+
+    def _one_step(self) -> tuple[Reduced, float]:
+        config, train = self.config, self.config.train
+        began = time.monotonic()
+        per_step = train.global_batch_size * config.model.seq_len
+        done = float(self.step + 1)
+        scale = 1.0
+        if config.optim.lr_decay_by == "tokens":
+            done, scale = float(self.tokens + per_step), float(per_step)
+        lr = learning_rate(
+            config.optim,
+            done=done,
+            warmup=config.optim.warmup_steps * scale,
+            total=train.train_steps * scale,
+        )
+        calls = self.loader.step(self.samples)
+        found = train_step(self.engine, calls, lr=lr, stop=self.stop.asked)
+        loss, norm = found.loss.item(), found.norm.item()
+        if not (console.is_number(loss) and console.is_number(norm)):
+            raise RunError(
+                f"step {self.step + 1}: loss {loss}, gradient norm {norm} (lower --lr, or raise "
+                "--warmup-steps; earlier checkpoints are intact)"
+            )
+        self.step += 1
+        self.samples += train.global_batch_size
+        self.tokens += int(found.tokens.item())
+        if self.metrics is not None:
+            seconds = time.monotonic() - began
+            self.metrics.write(
+                self.step,
+                tokens=self.tokens,
+                samples=self.samples,
+                loss=loss,
+                lr=lr,
+                grad_norm=norm,
+                step_ms=1000 * seconds,
+                tokens_per_s=per_step / seconds,
+                tflops_per_rank=_step_flops(config) / seconds / self.world.size / 1e12,
+                mfu=None,
+                peak_mem_gb=peak_memory_gb(self.device),
+                loss_scale=None,
+                skipped=0,
+            )
+        return found, lr
+
+    def _evaluate(self, *, last: bool) -> None:
+        """Held-out loss (over all of the text at the end) and a sample."""
+        if self.held_out is not None:
+            count = len(self.held_out.loader.source) if last else self.config.train.eval_samples
+            loss, bits = evaluate(self.engine, self.held_out, count)
+            self.last_eval = (loss, bits)
+            reference = self.held_out.gzip_bits_per_byte
+            self._say(f"  {console.held_out(loss, bits, reference)}")
+            if self.metrics is not None:
+                self.metrics.write(
+                    self.step,
+                    val_loss=loss,
+                    val_bits_per_byte=bits,
+                    gzip_bits_per_byte=reference,
+                )
+        if self.tokenizer is not None:
+            train = self.config.train
+            text = sample(
+                self.engine,
+                self.tokenizer,
+                train.sample_prompt,
+                max_tokens=min(SAMPLE_TOKENS, self.config.model.seq_len),
+                seed=train.seed,
+            )
+            self._say(f"  sample: {json.dumps(text)[1:-1][: console.WIDTH - 12]}")
+            if self.metrics is not None:
+                self.metrics.text(self.step, text)
+
+    def _save(self) -> None:
+        facts = mf.Manifest(
+            step=self.step,
+            samples=self.samples,
+            tokens=self.tokens,
+            optimizer_steps=self.engine.optimizer.step_count,
+            config=json.loads(json.dumps(self.config.to_dict())),
+            made_with={
+                "megalite": megalite.__version__,
+                "torch": torch.__version__,
+                "device": self.device.type,
+                "dtype": str(self.engine.dtype),
+                "threads": torch.get_num_threads(),
+                "layout": self.mesh.sizes,
+            },
+        )
+        save(self.out / "checkpoints", self.engine.optimizer, self.mesh, facts)
+
+    def _start_point(self) -> tuple[int, int, int]:
+        """Load what --resume or --init-from ask for; gives step, samples and tokens so far."""
+        train = self.config.train
+        if self._is_first:
+            remove_partial(self.out / "checkpoints")
+        if train.resume:
+            directory, manifest, passed_over = mf.newest(self.out)
+            for reason in passed_over:
+                self._say(f"megalite: warning: {reason}; using {directory.name}")
+            _check_same_model(self.config, manifest, directory)
+            load_optimizer(Reader(directory, manifest), self.engine.optimizer)
+            return manifest.step, manifest.samples, manifest.tokens
+        if train.init_from:
+            directory, manifest, _ = mf.newest(Path(train.init_from))
+            _check_same_model(self.config, manifest, directory)
+            for stage in self.engine.stages.values():
+                load_weights(Reader(directory, manifest), dict(stage.named_parameters()))
+            self.engine.optimizer.read_params()
+        return 0, 0, 0
+
+    def _prepare_out(self) -> None:
+        """Make the run directory. Raises UserError if it holds a run that this one is not told to go on with."""
+        if not self.config.train.resume and mf.step_dirs(self.out / "checkpoints"):
+            raise UserError(
+                f"--out {self.out}: holds checkpoints of a run (use --resume to go on with it, or another --out)"
+            )
+        comm.barrier(self.mesh.world)
+        if self._is_first:
+            self.out.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(self.config.to_dict(), indent=1) + "\n"
+            fresh = self.out / "config.json.tmp"
+            fresh.write_text(text, encoding="utf-8")
+            os.replace(fresh, self.out / "config.json")
+            if self.tokenizer is not None:
+                self.tokenizer.save(self.out / "tokenizer.json")
+
+    def _loader(self, source: TokenSource) -> Loader:
+        return Loader(
+            source,
+            self.mesh,
+            seed=self.config.train.seed,
+            micro_batch_size=self.config.train.micro_batch_size,
+            num_microbatches=self.config.num_microbatches(self.world.size),
+            device=self.device,
+            sequence_parallel=self.config.layout.sequence_parallel,
+        )
+
+    def _held_out(self) -> HeldOut | None:
+        prefix = self.config.data.valid_data
+        if not prefix:
+            return None
+        source, _ = open_data(self.config, prefix, self.mesh)
+        return held_out(self._loader(source), self.tokenizer)
+
+    def _say_stopped(self, saved: int) -> None:
+        train = self.config.train
+        name = (
+            signal.Signals(self.stop.signal_number).name if self.stop.signal_number else "a signal"
+        )
+        self._say(
+            f"stopped by {name} after step {self.step}; checkpoint of step {saved} is in {self.out}/checkpoints",
+            f"next   the same command with --resume goes on to step {train.train_steps}",
+        )
+        if self.metrics is not None:
+            self.metrics.close()
+
+    def _finish(self, seconds: float) -> None:
+        if self.last_eval is None or self.step % max(1, self.config.train.eval_interval):
+            self._evaluate(last=True)
+        if self.metrics is None:
+            return
+        self.metrics.close()
+        draw_loss(self.out)
+        gigabytes = peak_memory_gb(self.device)
+        self._say(
+            f"done   {self.step} steps, {console.count(self.tokens)} tokens in {console.duration(seconds)} | "
+            f"peak {1024 * gigabytes:.0f} MB/rank | {self.out}/loss.png, {self.out}/schedule.svg"
+        )
+        words = ["next  "]
+        if self.tokenizer is not None:
+            words.append(
+                f'{console.command("megalite", "generate", str(self.out))} "{self.config.train.sample_prompt}read"'
+            )
+            words.append("|")
+        self._say(" ".join([*words, console.command("tensorboard", "--logdir", f"{self.out}/tb")]))
+
+
+def _due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+def _step_flops(config: Config) -> float:
+    """Model flops of a step: three forwards, causal attention."""
+    model = config.model
+    forward = model.num_layers * layer_flops(model) + head_flops(model)
+    return 3 * forward * config.train.global_batch_size * model.seq_len
+
+
+def _check_same_model(config: Config, manifest: mf.Manifest, directory: Path) -> None:
+    """Raise CheckpointError unless the checkpoint is of the model this run has."""
+    theirs = Config.from_dict(manifest.config).model
+    for name, value in vars(theirs).items():
+        mine = getattr(config.model, name)
+        if mine != value:
+            flag = "--" + name.replace("_", "-")
+            raise CheckpointError(
+                f"{directory}: was trained with {flag} {value}, this run has {mine}"
+            )
