@@ -43,8 +43,9 @@ step $demo/corpus/corpus.json "" corpus --out $demo/corpus
 step $demo/tokenizer.json $demo/corpus/train.jsonl \
     tokenizer train --input $demo/corpus/train.jsonl --vocab-size 2048 --out $demo/tokenizer.json
 for part in train valid; do
-    step $demo/data/$part.idx $demo/tokenizer.json preprocess --input $demo/corpus/$part.jsonl \
-        --tokenizer $demo/tokenizer.json --out $demo/data/$part
+    # Measured against the text, as training writes its own copy of the tokenizer to the same place.
+    step $demo/data/$part.idx $demo/corpus/$part.jsonl preprocess \
+        --input $demo/corpus/$part.jsonl --tokenizer $demo/tokenizer.json --out $demo/data/$part
 done
 
 if ls -d $demo/checkpoints/step-* >/dev/null 2>&1; then layout+=(--resume); fi

@@ -8,8 +8,11 @@ Of any other death, such as a kill for lack of memory, the line is printed here.
 The arguments are torchrun's.
 """
 
+import contextlib
 import logging
+import os
 import signal
+import subprocess
 import sys
 
 from torch.distributed import run
@@ -48,6 +51,21 @@ def say_death(rank: int, code: int) -> None:
     print(f"megalite: error: rank {rank} died: {why}", file=sys.stderr)
 
 
+def end_ranks() -> None:
+    """Kills the ranks that are left after Ctrl-C.
+
+    The first asks them to stop, and torchrun waits for it; a third makes torchrun end without them.
+    They are sessions of their own, so that no key on the terminal reaches them any more.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.suppress(OSError):
+        listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True)
+        pairs = [line.split() for line in listed.stdout.splitlines()]
+        for pid in [int(pid) for pid, parent in pairs if int(parent) == os.getpid()]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
 def main() -> int:
     """Runs torchrun and gives the exit code of the whole."""
     # The agent logs each signal it sends and each exit it sees; the ranks' own output is untouched.
@@ -61,6 +79,7 @@ def main() -> int:
         say_death(rank, code)
         return RUN_ERROR
     except SignalException as error:
+        end_ranks()
         return 128 + error.sigval
     return 0
 

@@ -146,7 +146,7 @@ def _pretrain(argv: list[str], environment: Mapping[str, str]) -> int:
     check_paths(config)
     if config.train.dry_run:
         if world.rank == 0:
-            _load("megalite.train.dry_run:dry_run")(config, size)
+            _load("megalite.plan.dry_run:dry_run")(config, size)
         return 0
     if needed > 1 and not world.launched:
         _say_how_to_launch(needed, argv)

@@ -13,6 +13,8 @@ from megalite.core.config import Config
 from megalite.models.presets import num_parameters
 
 WIDTH = 110
+LONGEST = 16
+"""Rows of a layout picture."""
 
 
 def count(n: float) -> str:
@@ -32,25 +34,24 @@ def duration(seconds: float) -> str:
 
 
 def layout_picture(config: Config, world_size: int) -> list[str]:
-    """The ranks as rows of pipeline stages and columns of data replicas, tp groups in brackets."""
+    """The ranks as rows of pipeline places and columns of data replicas, tp groups in brackets."""
     layout, dp = config.layout, config.data_ranks(world_size)
     inner = layout.cp * layout.tp
-    width = len(f"r{world_size - 1}")
-    cell = (width + 1) * inner + 3
-    replicas = max(1, min(dp, (WIDTH - 30) // (cell + 1)))
-    lines = ["     " + "".join(f"{f'dp{d}':<{cell}}" for d in range(replicas))]
-    for p in range(min(layout.pp, 16)):
-        groups = []
-        for d in range(replicas):
-            first = (p * dp + d) * inner
-            names = [f"r{first + i}" for i in range(inner)]
-            if inner > 8:
-                names = [names[0], "..", names[-1]]
-            groups.append(f"{'[' + ' '.join(names) + ']':<{cell}}")
-        more = " .." if replicas < dp else ""
-        lines.append(f"{f'pp{p}':<5}{''.join(groups).rstrip()}{more}")
-    if layout.pp > 16:
-        lines.append(f"..   {layout.pp - 16} more stages")
+
+    def group(p: int, d: int) -> str:
+        first = (p * dp + d) * inner
+        names = [f"r{first + i}" for i in range(inner)]
+        return "[" + (" ".join(names) if inner <= 4 else f"{names[0]}..{names[-1]}") + "]"
+
+    cell = len(group(layout.pp - 1, dp - 1)) + 2
+    columns = min(dp, (WIDTH - 12) // cell)
+    more = " .." if columns < dp else ""
+    lines = ["     " + "".join(f"{f'dp{d}':<{cell}}" for d in range(columns)).rstrip() + more]
+    for p in range(min(layout.pp, LONGEST)):
+        cells = "".join(f"{group(p, d):<{cell}}" for d in range(columns))
+        lines.append(f"{f'pp{p}':<5}{cells.rstrip()}{more}")
+    if layout.pp > LONGEST:
+        lines.append(f"..   and {layout.pp - LONGEST} more places")
     return lines
 
 

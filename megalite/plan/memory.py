@@ -1,0 +1,105 @@
+"""What one rank of a layout has to hold: counted from the parameters' own Shards, on a fake mesh.
+
+Nothing is allocated: each stage of the real model is built on torch's meta device and laid out in its real
+buckets, so weights, gradients and optimizer state are exact. Activations are counted from what one layer's
+backward keeps, times the microbatches the schedule holds at its fullest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from megalite.core.config import Config, ModelConfig
+from megalite.core.mesh import Mesh
+from megalite.core.params import acc_dtype
+from megalite.models.build import build_stages, split_layers
+from megalite.parallel.buckets import plan
+from megalite.schedule.simulate import peak_live
+from megalite.train.build import BUCKET_MB, mesh_factors, mesh_sizes, schedule_maker
+
+STATES = {"adamw": 2}
+"""Tensors of optimizer state a parameter has."""
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes that one pipeline rank holds."""
+
+    pp: int
+    layers: int
+    parameters: int
+    """Numbers in its weights, padding left out."""
+    weights: int
+    grads: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.grads + self.optimizer + self.activations + self.logits
+
+
+def stage_memory(config: Config, world_size: int, pp_idx: int, dtype: torch.dtype) -> StageMemory:
+    """What the ranks of pipeline place `pp_idx` hold; a config that `check` accepted for that world."""
+    sizes = mesh_sizes(config, world_size)
+    rank = pp_idx * prod(n for name, n in sizes.items() if name != "pp")
+    kind = "fake" if world_size > 1 else "single"
+    mesh = Mesh(sizes, rank=rank, kind=kind, factors=mesh_factors(config))
+    schedule = schedule_maker(config)(config.num_microbatches(world_size))
+    layout, model = config.layout, config.model
+    with torch.device("meta"):
+        stages = build_stages(
+            model,
+            mesh,
+            placement=schedule.placement,
+            layers=layout.pp_layers,
+            sequence_parallel=layout.sequence_parallel,
+            seed=config.train.seed,
+        )
+        for stage in stages.values():
+            stage.to(dtype)
+    megabytes = layout.bucket_mb or BUCKET_MB["cuda" if dtype != torch.float32 else "cpu"]
+    planned = plan(stages, ways=mesh.axis("dp", "cp").size, bucket_bytes=megabytes * 2**20)
+    size = sum(layout.size for layout, _ in planned)
+    wide = acc_dtype(dtype).itemsize
+    states = STATES[config.optim.optimizer] + (dtype.itemsize != wide)
+    ways = mesh.axis("dp", "cp").size if layout.zero >= 1 else 1
+    counts = layout.pp_layers or split_layers(model, schedule.num_stages)
+    held = sum(counts[stage] for stage in stages)
+    live = peak_live(schedule)[pp_idx] / len(stages)
+    per_layer = layer_activations(model, config, dtype.itemsize)
+    return StageMemory(
+        pp=pp_idx,
+        layers=held,
+        parameters=sum(p.numel() for flat, params in planned for p in params),
+        weights=size * dtype.itemsize,
+        grads=size * wide,
+        optimizer=size * wide * states // ways,
+        activations=int(live * held * per_layer),
+        logits=_logits(model, config, dtype.itemsize) if schedule.num_stages - 1 in stages else 0,
+    )
+
+
+def layer_activations(model: ModelConfig, config: Config, itemsize: int) -> int:
+    """Bytes that one layer keeps for the backward of one microbatch.
+
+    Cut over tp: queries, keys, values, attention's output twice (SDPA's and the projection's input), and the
+    MLP's inner rows before and after its nonlinearity. Of the residual's width, cut over tp only with sequence
+    parallelism: the inputs and outputs of both norms.
+    """
+    layout = config.layout
+    rows = model.seq_len // layout.cp * config.train.micro_batch_size
+    q, kv = model.num_heads * model.head_dim, max(model.kv_heads, layout.tp) * model.head_dim
+    inner = model.ffn * (4 if model.activation == "swiglu" else 2)
+    cut = (3 * q + 2 * kv + inner) / layout.tp
+    residual = 4 * model.hidden_size / (layout.tp if layout.sequence_parallel else 1)
+    return int(rows * itemsize * (cut + residual))
+
+
+def _logits(model: ModelConfig, config: Config, itemsize: int) -> int:
+    rows = model.seq_len // config.layout.cp * config.train.micro_batch_size
+    return rows * -(-model.vocab_size // config.layout.tp) * itemsize
