@@ -52,4 +52,6 @@ if ls -d $demo/checkpoints/step-* >/dev/null 2>&1; then layout+=(--resume); fi
 # bash 3.2 (macOS) takes an empty array for an unset one, hence the odd expansion.
 command=(examples/launch.sh $ranks pretrain --recipe demo ${layout[@]+"${layout[@]}"} ${1+"$@"})
 echo "+ ${command[*]}"
-exec "${command[@]}"
+"${command[@]}"
+echo "+ $python tools/sample_report.py $demo"
+exec "$python" tools/sample_report.py $demo

@@ -1,10 +1,12 @@
-"""Times a training step of any layout: wall, CPU seconds over all ranks, memory, on a seeded Markov chain.
+"""Times a training step of any layout: wall, CPU seconds over all ranks, memory, on a seeded Markov
+chain.
 
-    python tools/bench_train.py --workload gpt-10m --layouts one,tp2pp2dp2 --rounds 3 --json out.json
+python tools/bench_train.py --workload gpt-10m --layouts one,tp2pp2dp2 --rounds 3 --json out.json
 
-A layout is `one` or axes with sizes (tp2, pp2dp2, tp2pp2dp2), with `zero0`, `nosp` (no sequence parallelism),
-`gpipe` or `interleaved` behind it: tp2pp2-gpipe. Rounds are interleaved, so that a drift of the machine hits all
-layouts alike. CPU seconds are those of all ranks together: waiting for a core does not count.
+A layout is `one` or axes with sizes (tp2, pp2dp2, tp2pp2dp2), with `zero0`, `nosp` (no sequence
+parallelism), `gpipe` or `interleaved` behind it: tp2pp2-gpipe. Rounds are interleaved, so that a
+drift of the machine hits all layouts alike. CPU seconds are those of all ranks together: waiting
+for a core does not count.
 """
 
 from __future__ import annotations
@@ -13,19 +15,29 @@ import argparse
 import json
 import os
 import re
+import resource
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import torch
+
+from megalite.core import comm
+from megalite.core.config import Config, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
+from megalite.core.world import World
+from megalite.data.loader import Loader, Synthetic
+from megalite.train.build import build_engine, build_mesh, pick_device, pick_dtype
+from megalite.train.loop import train_step
+
 ROOT = Path(__file__).resolve().parent.parent
 
 WORKLOADS = {
-    "gpt-10m": {"num_layers": 6, "hidden_size": 384, "num_heads": 6, "seq_len": 256, "vocab_size": 4096,
-                "micro_batch_size": 4, "global_batch_size": 16},
-    "gpt-30m": {"num_layers": 8, "hidden_size": 512, "num_heads": 8, "seq_len": 512, "vocab_size": 16384,
-                "micro_batch_size": 2, "global_batch_size": 8},
+    "gpt-10m": {"num_layers": 6, "hidden_size": 384, "num_heads": 6, "seq_len": 256,
+                "vocab_size": 4096, "micro_batch_size": 4, "global_batch_size": 16},
+    "gpt-30m": {"num_layers": 8, "hidden_size": 512, "num_heads": 8, "seq_len": 512,
+                "vocab_size": 16384, "micro_batch_size": 2, "global_batch_size": 8},
     "tiny": {"num_layers": 4, "hidden_size": 64, "num_heads": 4, "seq_len": 64, "vocab_size": 512,
              "micro_batch_size": 2, "global_batch_size": 8},
 }  # fmt: skip
@@ -60,17 +72,6 @@ def ranks_of(layout: dict[str, object]) -> int:
 
 def worker(args: argparse.Namespace) -> None:
     """One rank of one run; rank 0 prints the row."""
-    import resource
-
-    import torch
-
-    from megalite.core import comm
-    from megalite.core.config import Config, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
-    from megalite.core.world import World
-    from megalite.data.loader import Loader, Synthetic
-    from megalite.train.build import build_engine, build_mesh, pick_device, pick_dtype
-    from megalite.train.loop import train_step
-
     torch.set_num_threads(args.threads)
     values = dict(WORKLOADS[args.workload])
     batch = {k: values.pop(k) for k in ("micro_batch_size", "global_batch_size")}
@@ -159,7 +160,8 @@ def summary(rows: list[dict], layouts: list[str]) -> None:
     """Print medians over rounds, and CPU seconds as a ratio to the first layout, pair by pair."""
     base = [r["cpu_s_per_step"] for r in rows if r["layout"] == layouts[0]]
     print(
-        f"{'layout':<22}{'world':>6}{'cpu s/step':>12}{'step ms':>10}{'tok/s':>9}{'rss MB':>8}  cpu ratio to {layouts[0]}"
+        f"{'layout':<22}{'world':>6}{'cpu s/step':>12}{'step ms':>10}{'tok/s':>9}{'rss MB':>8}"
+        f"  cpu ratio to {layouts[0]}"
     )
     for layout in layouts:
         mine = [r for r in rows if r["layout"] == layout]

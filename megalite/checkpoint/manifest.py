@@ -66,37 +66,45 @@ class Manifest:
 
 def to_json(manifest: Manifest) -> str:
     """The manifest with the sha256 of everything else in it."""
-    tree = {"format": FORMAT, **asdict(manifest)}
-    tree["sha256"] = _digest(tree)
-    return json.dumps(tree, indent=1, sort_keys=True) + "\n"
+    return _signed({"format": FORMAT, **asdict(manifest)})
 
 
 def read(directory: Path) -> Manifest:
     """The manifest of a step directory. Raises CheckpointError unless it is whole and unchanged."""
     path = directory / NAME
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        claimed = tree.pop("sha256")
+        text = path.read_bytes().decode("utf-8")
+        tree = json.loads(text)
+        del tree["sha256"]
     except FileNotFoundError:
         raise CheckpointError(
             f"{path}: not there (an unfinished save, or not a checkpoint)"
         ) from None
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as e:
-        raise CheckpointError(f"{path}: cannot be read: {e} (file damaged)") from None
-    if claimed != _digest(tree):
+    except OSError as e:
+        raise CheckpointError(f"{path}: cannot be read ({e.strerror})") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise CheckpointError(f"{path}: is not a manifest (file damaged)") from None
+    # The text, not its meaning, is compared: a changed blank is a changed byte too.
+    if text != _signed(tree):
         raise CheckpointError(f"{path}: does not match its own sha256 (file damaged)")
-    if tree.pop("format") != FORMAT:
-        raise CheckpointError(f"{path}: format is not {FORMAT} (written by another version)")
-    tree["tensors"] = {name: _tensor(t) for name, t in tree["tensors"].items()}
-    tree["files"] = {name: SavedFile(**f) for name, f in tree["files"].items()}
-    return Manifest(**tree)
+    if tree.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path}: format {tree.get('format')}, this version reads {FORMAT} "
+            "(written by another version)"
+        )
+    try:
+        return _parse(tree)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{path}: is not a manifest of ours (edited by hand?)") from None
 
 
 def check_files(directory: Path, manifest: Manifest) -> None:
     """Raise CheckpointError unless every file is there with its size and sha256."""
     for name, saved in sorted(manifest.files.items()):
         path = directory / name
-        if Path(name).name != name or not path.is_file():
+        if Path(name).name != name:
+            raise CheckpointError(f"{directory / NAME}: file name {name!r} leaves the directory")
+        if not path.is_file():
             raise CheckpointError(f"{path}: missing (the manifest lists it)")
         if path.stat().st_size != saved.size:
             raise CheckpointError(
@@ -141,12 +149,11 @@ def newest(path: Path) -> tuple[Path, Manifest, list[str]]:
 
 def file_sha256(path: Path) -> str:
     """Hex sha256 of a file's bytes."""
-    with open(path, "rb") as f:
-        return (
-            hashlib.file_digest(f, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else _slow(f)
-        )
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def sync_directory(path: Path) -> None:
@@ -158,18 +165,23 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def _slow(f: Any) -> str:
-    digest = hashlib.sha256()
-    while block := f.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
+def _signed(tree: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**tree, "sha256": digest}, indent=1, sort_keys=True) + "\n"
 
 
-def _digest(tree: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+def _parse(tree: dict[str, Any]) -> Manifest:
+    values = {name: value for name, value in tree.items() if name != "format"}
+    values["files"] = {name: SavedFile(**f) for name, f in tree["files"].items()}
+    values["tensors"] = {name: tensor_of(t) for name, t in tree["tensors"].items()}
+    listed = {box.file for tensor in values["tensors"].values() for box in tensor.boxes}
+    if not listed <= set(values["files"]):
+        raise ValueError("a box is in a file that is not listed")
+    return Manifest(**values)
 
 
-def _tensor(tree: dict[str, Any]) -> SavedTensor:
+def tensor_of(tree: dict[str, Any]) -> SavedTensor:
+    """The SavedTensor that `asdict` and JSON made a tree of."""
     boxes = tuple(
         SavedBox(tuple((lo, hi) for lo, hi in b["box"]), b["file"], b["key"]) for b in tree["boxes"]
     )

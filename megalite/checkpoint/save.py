@@ -10,18 +10,22 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from megalite.checkpoint import manifest as mf
 from megalite.core import comm
-from megalite.core.errors import PeerFailed, RunError
+from megalite.core.errors import PeerFailed, RunError, UserError
 from megalite.core.mesh import Mesh
 from megalite.optim.optimizer import Optimizer
+
+PARTIAL = ".partial-"
+"""What a directory is called until its checkpoint is whole."""
 
 
 def save(root: Path, optimizer: Optimizer, mesh: Mesh, facts: mf.Manifest) -> Path:
@@ -31,85 +35,100 @@ def save(root: Path, optimizer: Optimizer, mesh: Mesh, facts: mf.Manifest) -> Pa
     what was there before is then untouched.
     """
     target = root / f"step-{facts.step:08d}"
-    partial = root / f".partial-{facts.step:08d}"
-    if mesh.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        _attempt(mesh, "prepare", lambda: partial.mkdir(parents=True))
-    else:
-        _attempt(mesh, "prepare", lambda: None)
-    _attempt(mesh, "write", lambda: _write_part(partial, optimizer, mesh))
-    if mesh.rank == 0:
-        _attempt(mesh, "commit", lambda: _commit(partial, target, facts, mesh.world_size))
-    else:
-        _attempt(mesh, "commit", lambda: None)
+    partial = root / f"{PARTIAL}{facts.step:08d}"
+    first = mesh.rank == 0
+    try:
+        _together(mesh, "prepare", lambda: first and _make_empty(partial))
+        _together(mesh, "write", lambda: _write_part(partial, optimizer, mesh))
+        _together(mesh, "commit", lambda: first and _commit(partial, target, facts, mesh))
+    except RunError:
+        if first:  # a full disk needs the room
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
     return target
 
 
-def _attempt(mesh: Mesh, what: str, action: Callable[[], None]) -> None:
+def _together(mesh: Mesh, what: str, action: Callable[[], object]) -> None:
     """Run `action` here and learn whether it went well everywhere: the barrier and the error exchange."""
-    failure: OSError | None = None
+    failure: Exception | None = None
     try:
         action()
-    except OSError as e:
+    except (OSError, SafetensorError) as e:  # the second is safetensors' word for a full disk
         failure = e
     failed = comm.any_true(failure is not None, mesh.world)
     if failure is not None:
         raise RunError(f"checkpoint: cannot {what}: {failure} (earlier checkpoints are intact)")
     if failed:
-        raise PeerFailed("checkpoint: another rank could not write its part")
+        raise PeerFailed(f"checkpoint: another rank could not {what}")
+
+
+def _make_empty(partial: Path) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
 
 
 def _write_part(partial: Path, optimizer: Optimizer, mesh: Mesh) -> None:
-    zero = optimizer.zero
+    """This rank's numbers as one file, and what rank 0 needs to know of them as another."""
     file = f"shard-{mesh.rank:05d}.safetensors"
-    data: dict[str, Tensor] = {}
-    tensors: dict[str, dict] = {}
+    tensors, views = my_boxes(optimizer, file)
+    files = {}
+    if views:
+        # safetensors refuses tensors that share a storage, which views of the flat ones do.
+        data = {key: view.to("cpu", copy=True).contiguous() for key, view in views.items()}
+        save_file(data, partial / file)
+        _sync_file(partial / file)
+        size = (partial / file).stat().st_size
+        files[file] = {"size": size, "sha256": mf.file_sha256(partial / file)}
+    part = {"tensors": {n: asdict(t) for n, t in tensors.items()}, "files": files}
+    (partial / f"part-{mesh.rank:05d}.json").write_text(json.dumps(part), encoding="utf-8")
+
+
+def my_boxes(optimizer: Optimizer, file: str) -> tuple[dict[str, mf.SavedTensor], dict[str, Tensor]]:
+    """What this rank saves: its boxes of each tensor of the whole model, and views of their numbers by key."""
+    zero = optimizer.zero
+    views: dict[str, Tensor] = {}
+    tensors: dict[str, mf.SavedTensor] = {}
     for idx, bucket in enumerate(zero.buckets):
         base = zero.updated_range(bucket)[0]
         for kind, flat in optimizer.numbers(idx).items():
             for part in bucket.layout.boxes(zero.my_range(bucket), lambda slot: slot.owned):
                 name = f"{kind}/{part.slot.name}"
-                fresh = {"shape": part.slot.shard.shape, "dtype": str(flat.dtype)[6:], "boxes": []}
-                entry = tensors.setdefault(name, fresh)
-                key = f"{name}#{len(entry['boxes'])}"
-                data[key] = (
-                    part.of(flat, base).detach().cpu().clone(memory_format=torch.contiguous_format)
-                )
-                entry["boxes"].append({"box": part.whole, "file": file, "key": key})
-    if data:
-        save_file(data, partial / file)
-        _sync_file(partial / file)
-    size, digest = (
-        ((partial / file).stat().st_size, mf.file_sha256(partial / file)) if data else (0, "")
-    )
-    part = {"tensors": tensors, "files": {file: {"size": size, "sha256": digest}} if data else {}}
-    (partial / f"part-{mesh.rank:05d}.json").write_text(json.dumps(part), encoding="utf-8")
+                dtype = str(flat.dtype).removeprefix("torch.")
+                empty = mf.SavedTensor(part.slot.shard.shape, dtype, ())
+                known = tensors.get(name, empty)
+                key = f"{name}#{len(known.boxes)}"
+                views[key] = part.of(flat, base).detach()
+                boxes = (*known.boxes, mf.SavedBox(part.whole, file, key))
+                tensors[name] = replace(known, boxes=boxes)
+    return tensors, views
 
 
-def _commit(partial: Path, target: Path, facts: mf.Manifest, world_size: int) -> None:
+def _commit(partial: Path, target: Path, facts: mf.Manifest, mesh: Mesh) -> None:
+    """Join what the ranks wrote under one manifest, and give the directory its name."""
     tensors: dict[str, mf.SavedTensor] = {}
     files: dict[str, mf.SavedFile] = {}
-    for rank in range(world_size):
+    for rank in range(mesh.world_size):
         path = partial / f"part-{rank:05d}.json"
         part = json.loads(path.read_text(encoding="utf-8"))
         files |= {name: mf.SavedFile(**f) for name, f in part["files"].items()}
         for name, tree in part["tensors"].items():
-            boxes = tuple(mf.SavedBox(b["box"], b["file"], b["key"]) for b in tree["boxes"])
-            known = tensors.get(name)
-            if known is not None:
-                boxes = known.boxes + boxes
-            tensors[name] = mf.SavedTensor(tuple(tree["shape"]), tree["dtype"], boxes)
+            found = mf.tensor_of(tree)
+            known = tensors.get(name, replace(found, boxes=()))
+            tensors[name] = replace(known, boxes=known.boxes + found.boxes)
         path.unlink()
     text = mf.to_json(replace(facts, tensors=tensors, files=files))
     # The manifest is written last: a run killed before this line leaves no checkpoint that looks complete.
     (partial / mf.NAME).write_text(text, encoding="utf-8")
     _sync_file(partial / mf.NAME)
     mf.sync_directory(partial)
+    replaced = target.with_name(f"{PARTIAL}replaced-{facts.step:08d}")
     if target.exists():
-        # The same step saved twice holds the same numbers; the older directory makes room.
-        shutil.rmtree(target)
+        # The same step again, after a fall back to an older one: the new directory takes the name.
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.rename(target, replaced)
     os.rename(partial, target)
     mf.sync_directory(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _sync_file(path: Path) -> None:
@@ -119,5 +138,26 @@ def _sync_file(path: Path) -> None:
 
 def remove_partial(root: Path) -> None:
     """Delete what killed saves left behind."""
-    for leftover in root.glob(".partial-*") if root.is_dir() else ():
+    for leftover in root.glob(f"{PARTIAL}*") if root.is_dir() else ():
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def check_space(out: Path, optimizer: Optimizer, mesh: Mesh) -> None:
+    """Raise UserError, alike on every rank, unless `out` has room for one checkpoint.
+
+    All ranks call it together, once `out` exists; rank 0's view of its file system counts.
+    """
+    mine = sum(x.numel() * x.element_size() for x in my_boxes(optimizer, "")[1].values())
+    free = shutil.disk_usage(out).free if mesh.rank == 0 else 0
+    device = optimizer.zero.buckets[0].grads.device
+    both = torch.tensor([mine, free], dtype=torch.int64, device=device)
+    needed, free = comm.all_reduce(both, mesh.world).tolist()
+    if free < needed:
+        raise UserError(
+            f"--out {out}: {_gib(free)} free, a checkpoint needs {_gib(needed)} "
+            "(make room, or use another --out)"
+        )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"

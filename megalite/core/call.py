@@ -1,8 +1,8 @@
 """One microbatch on its way through the layers: its tokens, and how this pass is run.
 
-Every stage gets the same record, so shapes, positions and dropout masks are known everywhere before a step
-starts and never travel. Sequence parallelism is a property of the call, not of a layer: `seq_cut` is None when
-decoding or where tp is 1.
+Every stage gets the same record, so shapes, positions and dropout masks are known everywhere before
+a step starts and never travel. Sequence parallelism is a property of the call, not of a layer:
+`seq_cut` is None when decoding or where tp is 1.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """The only door to collectives. Whatever wants to know about communication attaches here, once.
 
-Every function takes the Axis it runs over and must be called by all ranks of that axis, in one order. On an
-axis of one rank it is the identity; on a fake axis it is logged and answered with empty tensors. `*_start`
-forms return a Pending whose `wait()` gives the result. The last four functions are autograd pairs.
-What it is not: point-to-point transfers between pipeline stages (parallel/p2p.py).
+Every function takes the Axis it runs over and must be called by all ranks of that axis, in one
+order. On an axis of one rank it is the identity; on a fake axis it is logged and answered with
+empty tensors. `*_start` forms return a Pending whose `wait()` gives the result. The last four
+functions are autograd pairs. What it is not: point-to-point transfers between pipeline stages
+(parallel/p2p.py).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.re
 
 
 class Pending:
-    """A collective under way. `wait()` blocks until it has ended and gives its result; a second call is free."""
+    """A collective under way. `wait()` gives its result once it has ended; a second call is free."""
 
     def __init__(
         self, work: dist.Work | None, entry: Collective | None, finish: Callable[[], Tensor]
@@ -59,7 +60,10 @@ def _done(x: Tensor) -> Pending:
 
 
 def _log(op: str, wire: str, axis: Axis, whole: Tensor) -> Collective:
-    return axis.log.issue(op, wire, axis.name, axis.size, whole.numel() * whole.element_size())
+    nbytes = whole.numel() * whole.element_size()
+    entry = axis.log.issue(op, wire, axis.name, axis.size, nbytes)
+    entry.completed = axis.is_fake
+    return entry
 
 
 def _is_gloo(axis: Axis) -> bool:
@@ -109,15 +113,16 @@ def all_gather(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
 def reduce_scatter_start(x: Tensor, axis: Axis, *, out: Tensor | None = None) -> Pending:
     """Begin to sum `x` over the axis and keep my part along dim 0: [n m, ...] -> [m, ...].
 
-    `x` must not be used by the caller until `wait()` returns. `out` may be given; it may be my part of `x`.
+    `x` must not be used by the caller until `wait()` returns. `out` may be given; it may be my part
+    of `x`.
     """
     if axis.size == 1:
         return _done(x)
     assert x.shape[0] % axis.size == 0, (tuple(x.shape), axis.name, axis.size)
     x = x.contiguous()
     mine = x.shape[0] // axis.size
-    # gloo's reduce-scatter costs up to twice its all-reduce; an all-to-all moves half the bytes of that
-    # all-reduce and leaves a sum in rank order.
+    # gloo's reduce-scatter costs up to twice its all-reduce; an all-to-all moves half the bytes of
+    # that all-reduce and leaves a sum in rank order.
     wire = "all_to_all" if _is_gloo(axis) else "reduce_scatter"
     entry = _log("reduce_scatter", wire, axis, x)
     result = x.new_empty((mine, *x.shape[1:])) if out is None else out

@@ -1,7 +1,7 @@
 """The collective log (what every rank sent, in order) and the one place that prints.
 
-The log is a ring of plain records that hangs on the mesh: the hang explainer, the volume tests and the
-planner's trace read it; nothing here decides anything. Next: comm.py, which writes it.
+The log is a ring of plain records that hangs on the mesh: the hang explainer, the volume tests and
+the planner's trace read it; nothing here decides anything. Next: comm.py, which writes it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ class Collective:
     seq: int
     """Number of the call on this rank, from 0."""
     op: str
-    """What was asked for: all_reduce, all_gather, reduce_scatter, broadcast, send, recv, barrier."""
+    """What was asked for: all_reduce, all_gather, reduce_scatter, broadcast, send or recv."""
     wire: str
     """What went over the wire: gloo may run a reduce_scatter as an all_to_all."""
     axis: str
     size: int
     """Ranks of the axis."""
     nbytes: int
-    """Bytes of the whole tensor: the input of all_reduce and reduce_scatter, the output of all_gather."""
+    """Bytes of the whole tensor: what all_reduce and reduce_scatter take, what all_gather gives."""
     site: str
     """file:line that asked."""
     completed: bool = False

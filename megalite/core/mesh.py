@@ -1,9 +1,10 @@
 """Who I am, and in which group: the mesh of ranks with its axes pp, dp, cp, tp.
 
-A Mesh is real (process groups), single (one rank, no groups) or fake (any rank of any world in one process:
-communication is logged and answered with empty tensors). Layers get an Axis, blocks get the Mesh; there is
-no default mesh to fall back on. Rank order: tp fastest, then cp, dp, pp, so that tensor parallel ranks are
-neighbours on one machine. Next: comm.py, which moves tensors over an Axis.
+A Mesh is real (process groups), single (one rank, no groups) or fake (any rank of any world in one
+process: communication is logged and answered with empty tensors). Layers get an Axis, blocks get
+the Mesh; there is no default mesh to fall back on. Rank order: tp fastest, then cp, dp, pp, so that
+tensor parallel ranks are neighbours on one machine. Next: comm.py, which moves tensors over an
+Axis.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ AXES = ("pp", "dp", "cp", "tp")
 
 @dataclass(frozen=True, eq=False)
 class Axis:
-    """One line of ranks through the mesh, and my place on it. An axis of one rank is as good as any."""
+    """One line of ranks through the mesh, and my place on it; one rank is as good as any."""
 
     name: str
     size: int = 1
@@ -48,10 +49,11 @@ class Axis:
 
 
 class Mesh:
-    """The ranks of a run as a grid. All ranks build it together: it makes every process group, in one order.
+    """The ranks of a run as a grid.
 
-    `factors` maps an axis to the size of its outer factor: `{"tp": 2}` at tp 4 gives `tp.kv` (2 ranks, outer)
-    and `tp.rep` (2 ranks, inner), for key and value heads fewer than tp.
+    All ranks build it together: it makes every process group, in one order. `factors` maps an axis
+    to the size of its outer factor: `{"tp": 2}` at tp 4 gives `tp.kv` (2 ranks, outer) and `tp.rep`
+    (2 ranks, inner), for key and value heads fewer than tp.
     """
 
     def __init__(
@@ -107,7 +109,7 @@ class Mesh:
         return self._rank_of({**self.coords, "pp": pp_idx})
 
     def new_group(self, ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
-        """A process group of its own for `ranks`; every rank of the world must call this, in one order."""
+        """A process group of its own for `ranks`; every rank of the world calls this, in one order."""
         if self.kind != "real":
             return None
         return dist.new_group(list(ranks), timeout=self._timeout)
@@ -138,7 +140,7 @@ class Mesh:
 
     def _group_of(self, lines: list[tuple[int, ...]]) -> tuple[int, ...]:
         """Make the groups of these lines (once per set of ranks) and return the line I am on."""
-        mine = (self.rank,)
+        mine: tuple[int, ...] = (self.rank,)
         for ranks in lines:
             if self.rank in ranks:
                 mine = ranks
@@ -176,11 +178,8 @@ class Mesh:
         """The two-rank axis between two pipeline places, or None on ranks that stand at neither."""
         if first == last:
             return Axis(label, ranks=(self.rank,), log=self.log)
-        if self.kind == "fake":
-            pairs = [(self.pipeline_rank(first), self.pipeline_rank(last))]
-        else:
-            pairs = [(line[first], line[last]) for line in self.lines("pp")]
-        mine = self._group_of(pairs)
+        lines = self.lines("pp") if self.kind != "fake" else [self.axis("pp").ranks]
+        mine = self._group_of([(line[first], line[last]) for line in lines])
         return self._axis_on(label, mine) if len(mine) == 2 else None
 
 

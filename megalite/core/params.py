@@ -1,9 +1,10 @@
 """Parameters: made from a Shard, filled by name, and the one way a gradient lands in them.
 
-`new_param` gives an uninitialised local tensor that carries its Shard and how to fill it; `initialize` fills a
-whole module, each element a pure function of (seed, parameter name, place in the whole tensor), so every
-layout starts from the same weights. `add_weight_grad` adds a weight gradient straight into `.grad`, which is a
-view of a flat bucket in training. What is not here: buckets (parallel/buckets.py).
+`new_param` gives an uninitialised local tensor that carries its Shard and how to fill it;
+`initialize` fills a whole module, each element a pure function of (seed, parameter name, place in
+the whole tensor), so every layout starts from the same weights. `add_weight_grad` adds a weight
+gradient straight into `.grad`, which is a view of a flat bucket in training. What is not here:
+buckets (parallel/buckets.py).
 """
 
 from __future__ import annotations
@@ -56,11 +57,16 @@ def new_param(
     lr_mult: float = 1.0,
     uses: int = 1,
 ) -> nn.Parameter:
-    """An uninitialised parameter of this rank's part of `shard`, in torch's default dtype and device."""
+    """An uninitialised parameter of this rank's part of `shard`, in torch's default dtype."""
     param = nn.Parameter(torch.empty(shard.local_shape(axes)))
     decay = len(shard.shape) > 1 if decay is None else decay
-    param.traits = Traits(shard, axes, init, decay, lr_mult, uses)
+    give_traits(param, Traits(shard, axes, init, decay, lr_mult, uses))
     return param
+
+
+def give_traits(param: nn.Parameter, traits: Traits) -> None:
+    """Hang `traits` on a parameter, in place of those it had."""
+    param.traits = traits  # type: ignore[attr-defined]
 
 
 def traits_of(param: nn.Parameter) -> Traits:
@@ -94,11 +100,8 @@ def initialize(module: nn.Module, seed: int, chunk: int = 1 << 20) -> None:
                 part = target[row : row + rows_at_once]
                 starts = [lo for lo, _ in piece.whole]
                 starts[0] += row
-                part.copy_(
-                    traits.init(
-                        key, _whole_index(part.shape, starts, traits.shard.shape, param.device)
-                    )
-                )
+                index = _whole_index(part.shape, starts, traits.shard.shape, param.device)
+                part.copy_(traits.init(key, index))
 
 
 def _whole_index(
@@ -118,7 +121,7 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def add_weight_grad(weight: nn.Parameter, dy: Tensor, x: Tensor) -> None:
-    """Add dy^T x to `weight.grad`: [t, d_out] and [t, d_in] give [d_out, d_in]; then count it as landed."""
+    """Add dy^T x, from [t, d_out] and [t, d_in], to `weight.grad`, and count it as landed."""
     grad = grad_of(weight)
     if grad.dtype == dy.dtype:
         grad.addmm_(dy.t(), x)
@@ -131,11 +134,17 @@ def grad_of(param: nn.Parameter) -> Tensor:
     """`param.grad`, made of zeros in `acc_dtype` if it is not there yet."""
     if param.grad is None:
         wide = acc_dtype(param.dtype)
-        param.grad_dtype = (
-            wide  # torch refuses a float32 gradient on a bfloat16 parameter without this
-        )
+        # Without this torch refuses a float32 gradient on a bfloat16 parameter.
+        param.grad_dtype = wide
         param.grad = torch.zeros(param.shape, dtype=wide, device=param.device)
     return param.grad
+
+
+def listen(param: nn.Parameter, listener: Callable[[nn.Parameter], None]) -> None:
+    """Have `listener` called at each contribution that lands in this parameter's gradient."""
+    param.on_landed = listener  # type: ignore[attr-defined]
+    # What autograd adds up by itself (norms, a fork's plain F.linear) never comes by `landed`.
+    param.register_post_accumulate_grad_hook(listener)
 
 
 def landed(param: nn.Parameter) -> None:

@@ -1,8 +1,9 @@
 """Random numbers with names: pure functions of (seed, name, index), the same at every layout.
 
-There is no generator state to save, to restore or to keep apart between ranks. A key is hashed from the seed
-and any names; a number is hashed from a key and the index of the element in the *whole* tensor. The hash is
-SplitMix64's finaliser (Steele, Lea and Flood 2014), in wrapping 64-bit integers.
+There is no generator state to save, to restore or to keep apart between ranks. A key is hashed from
+the seed and any names; a number is hashed from a key and the index of the element in the *whole*
+tensor. The hash is SplitMix64's finaliser (Steele, Lea and Flood 2014), in wrapping 64-bit
+integers.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def normal(key: int, index: Tensor) -> Tensor:
 
 
 def rows(key: int, *coordinates: Tensor) -> Tensor:
-    """A key for each element of the broadcast int64 coordinates: feed it, plus a column, to `mix`."""
+    """A key for each element of the broadcast int64 coordinates; `mix(key ^ column)` uses it."""
     hashed = torch.tensor(key, dtype=torch.int64, device=coordinates[0].device)
     for c in coordinates:
         hashed = mix(hashed ^ c)

@@ -1,10 +1,10 @@
-"""How one parameter is cut: the single statement that init, gradient sync, norm, ZeRO and checkpoint ask.
+"""How one parameter is cut: the one statement that init, gradient sync, ZeRO and checkpoint ask.
 
-A Shard names the whole tensor and, for each block fused along dim 0 (q, k, v; gate, up), the mesh axes that
-cut it. A Box is a range per dimension, a Piece is one block's part on this rank: where it stands in the whole
-tensor and where in the local one. A dimension that does not divide is cut by ceiling: the last ranks hold
-fewer rows, and the rows of their local tensor beyond those are padding, which belongs to no piece.
-Next: params.py, which makes a tensor of a Shard.
+A Shard names the whole tensor and, for each block fused along dim 0 (q, k, v; gate, up), the mesh
+axes that cut it. A Box is a range per dimension, a Piece is one block's part on this rank: where it
+stands in the whole tensor and where in the local one. A dimension that does not divide is cut by
+ceiling: the last ranks hold fewer rows, and the rows of their local tensor beyond those are
+padding, which belongs to no piece. Next: params.py, which makes a tensor of a Shard.
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ class Shard:
     def __post_init__(self) -> None:
         assert sum(b.size for b in self.blocks) == self.shape[0], (self.shape, self.blocks)
         assert all(len(b.cut) == len(self.shape) for b in self.blocks)
+        # Blocks stand one below the other in the local tensor, so their other dimensions agree.
+        assert len({b.cut[1:] for b in self.blocks}) == 1, self.blocks
 
     def local_shape(self, axes: Mapping[str, Axis]) -> tuple[int, ...]:
         """Shape of every rank's tensor, padding included."""
@@ -60,7 +62,7 @@ class Shard:
         return (rows, *rest)
 
     def pieces(self, axes: Mapping[str, Axis]) -> Iterator[Piece]:
-        """This rank's part of each block; a block of which it holds nothing but padding gives none."""
+        """This rank's part of each block; none of a block of which it holds only padding."""
         whole_row = local_row = 0
         for number, block in enumerate(self.blocks):
             sizes = (block.size, *self.shape[1:])
@@ -77,8 +79,8 @@ class Shard:
     def owned(self, axes: Mapping[str, Axis]) -> Iterator[Piece]:
         """The pieces that this rank, of all that hold the same numbers, saves and counts in norms.
 
-        Replicas over tp (and over its inner factor) are told apart here; those over dp and cp by the flat
-        range that each of them looks after, and a tied copy by its stage.
+        Replicas over tp (and over its inner factor) are told apart here; those over dp and cp by
+        the flat range that each of them looks after, and a tied copy by its stage.
         """
         for piece in self.pieces(axes):
             cut = set(self.blocks[piece.block].cut)
@@ -147,7 +149,7 @@ def box_shape(box: Box) -> tuple[int, ...]:
 
 
 def flat_boxes(shape: tuple[int, ...], start: int, stop: int) -> list[Box]:
-    """The flat range [start, stop) of a row-major tensor as boxes, in order; at most 2 * ndim - 1 of them."""
+    """The flat range [start, stop) of a row-major tensor as at most 2 * ndim - 1 boxes, in order."""
     if start >= stop:
         return []
     if len(shape) == 1:
@@ -190,11 +192,11 @@ def box_spans(shape: tuple[int, ...], box: Box) -> list[tuple[int, int]]:
 
 
 def sequence_positions(s: int, cp: Axis, *, order: str = "contiguous") -> list[range]:
-    """The positions of a sequence of `s` tokens that this context rank holds, as ranges in local order.
+    """The positions of `s` tokens that this context rank holds, as ranges in local order.
 
-    The only statement of the context cut: loader, labels, RoPE, masks and KV cache ask it. `zigzag` gives rank
-    i the i-th block from the front and the i-th from the back, so that causal work is even. Raises ValueError
-    if the cut is not even.
+    The only statement of the context cut: loader, labels, RoPE, masks and KV cache ask it. `zigzag`
+    gives rank i the i-th block from the front and the i-th from the back, so that causal work is
+    even. Raises ValueError if the cut is not even.
     """
     ways = cp.size if order == "contiguous" else 2 * cp.size
     if s % ways:

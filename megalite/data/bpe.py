@@ -97,7 +97,6 @@ class _Learner:
     def learn(self, num_merges: int) -> list[tuple[int, int, int]]:
         """Up to `num_merges` merges, fewer when no pair occurs twice; their tokens are appended."""
         merges: list[tuple[int, int, int]] = []
-        known = set(self.tokens)
         queue = [(-count, pair) for pair, count in self.count.items()]
         heapq.heapify(queue)
         progress = tqdm(total=num_merges, desc="merges", unit="", disable=None, leave=False)
@@ -111,12 +110,9 @@ class _Learner:
                 continue
             if count < 2:
                 break
-            token = self.tokens[pair[0]] + self.tokens[pair[1]]
-            if token in known:
-                continue  # the file maps a spelling to one id: a token is made in one way only
-            known.add(token)
+            # No token is made twice: a merge joins its pair everywhere, so equal bytes are cut alike.
             made = len(self.tokens)
-            self.tokens.append(token)
+            self.tokens.append(self.tokens[pair[0]] + self.tokens[pair[1]])
             merges.append((*pair, made))
             for opened in self._merge(pair, made):
                 heapq.heappush(queue, (-self.count[opened], opened))

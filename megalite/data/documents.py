@@ -20,6 +20,7 @@ from megalite.data.tokenizer import replace_surrogates
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
 MAX_DOCUMENT_BYTES = 1 << 30
 BOM = b"\xef\xbb\xbf"
+NEWLINE = b"\n"
 COMPRESSED = {
     b"\x1f\x8b": "gzip",
     b"\x28\xb5\x2f\xfd": "zstd",
@@ -32,15 +33,14 @@ Errors = Literal["strict", "replace"]
 
 def find_inputs(path: str | os.PathLike[str]) -> list[Path]:
     """The files to read, sorted by path. Raises DataError when there is none."""
+    if not str(path):
+        raise DataError("--input is empty (name a file or directory)")
     root = Path(path)
-    if not str(path) or not root.exists():
-        raise DataError(
-            f"{path}: no such file or directory" if str(path) else "--input is empty (name a file)"
-        )
+    if not os.path.exists(root):
+        raise DataError(f"{path}: no such file or directory")
     if root.is_dir():
-        found = sorted(
-            file for file in root.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file()
-        )
+        texts = (file for file in root.rglob("*") if file.name.endswith(SUFFIXES))
+        found = sorted(file for file in texts if file.is_file())
         if not found:
             raise DataError(f"{path}: no .txt, .jsonl or .jsonl.gz file inside")
         return found
@@ -78,9 +78,8 @@ def read_documents(
                     yield text
             after = os.fstat(raw.fileno())
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-            raise DataError(
-                f"{path}: changed while it was read (run again when its writer is done)"
-            )
+            fix = "run again when its writer is done"
+            raise DataError(f"{path}: changed while it was read ({fix})")
     if not count:
         others = f" and {len(files) - 1} more" if len(files) > 1 else ""
         raise DataError(f"{files[0]}{others}: no text inside")
@@ -101,12 +100,9 @@ def _read_file(
     raw.seek(0)
     for magic, kind in COMPRESSED.items():
         if start.startswith(magic) and not (zipped and kind == "gzip"):
-            way = (
-                "name it .jsonl.gz"
-                if kind == "gzip" and path.suffix == ".jsonl"
-                else "decompress it first"
-            )
-            raise DataError(f"{path}: is {kind} data ({way})")
+            named = kind == "gzip" and path.suffix == ".jsonl"
+            fix = "name it .jsonl.gz" if named else "decompress it first"
+            raise DataError(f"{path}: is {kind} data ({fix})")
     if zipped and start and not start.startswith(b"\x1f\x8b"):
         raise DataError(f"{path}: is not gzip data (name it .jsonl if it is plain text)")
     if path.suffix == ".txt":
@@ -151,19 +147,14 @@ def _decode(where: str, data: bytes, errors: Errors) -> str:
 def _decode_plain(path: Path, data: bytes, errors: Errors) -> str:
     """The text of a .txt file; its lines are looked at one by one only to say where it is wrong."""
     if (at := data.find(b"\0")) >= 0:
-        line = data.count(b"\n", 0, at) + 1
-        raise DataError(
-            f"{path}:{line}: byte 0x00 at offset {at}: not plain text (UTF-16, or binary?)"
-        )
+        where = f"{path}:{data.count(NEWLINE, 0, at) + 1}"
+        raise DataError(f"{where}: byte 0x00 at offset {at} is not text (UTF-16, or binary?)")
     try:
         return data.decode("utf-8", errors)
     except UnicodeDecodeError as error:
-        number = data.count(b"\n", 0, error.start) + 1
-        begin = data.rfind(b"\n", 0, error.start) + 1
-        line_end = data.find(b"\n", error.start)
-        return _decode(
-            f"{path}:{number}", data[begin : line_end if line_end >= 0 else len(data)], errors
-        )
+        begin = data.rfind(NEWLINE, 0, error.start) + 1
+        where = f"{path}:{data.count(NEWLINE, 0, begin) + 1}"
+        return _decode(where, data[begin:].split(NEWLINE, 1)[0], errors)
 
 
 def _parse_line(path: Path, number: int, line: str, json_key: str, errors: Errors) -> str:

@@ -12,6 +12,7 @@ import os
 import struct
 from array import array
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -82,7 +83,9 @@ class IndexedWriter:
         except OSError as failure:
             raise RunError(f"{self.bin_path}: cannot be written ({failure.strerror})") from None
         finally:
-            self._bin.close()
+            # On a full disk closing fails as well, and would hide the error and leave the file.
+            with suppress(OSError):
+                self._bin.close()
             for path in temporaries:
                 path.unlink(missing_ok=True)
 
@@ -175,7 +178,8 @@ class IndexedDataset:
         if size != needs:
             claim = f"{num_sequences:,} sequences and {num_indices - 1:,} documents"
             rule = f"{claim} need {needs:,} bytes but it has {size:,}"
-            raise DataError(f"{self.idx_path}: {rule} (truncated copy?)")
+            what = "truncated copy?" if size < needs else "damaged?"
+            raise DataError(f"{self.idx_path}: {rule} ({what})")
         if not num_sequences or num_indices < 2:
             raise DataError(f"{self.idx_path}: holds no documents")
         return code, num_sequences, num_indices
@@ -211,7 +215,7 @@ def _offsets(lengths: np.ndarray, itemsize: int) -> np.ndarray:
 
 
 def _file_size(path: Path, prefix: str) -> int:
-    if not path.is_file():
+    if not os.path.isfile(path):
         hint = "is a directory" if path.is_dir() else "no such file"
         fix = (
             f"give the prefix {prefix[:-4]}"

@@ -11,7 +11,9 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,19 +58,14 @@ def preprocess(args: PreprocessArgs) -> None:
         raise UserError(f"--out {args.out}: is a directory, expected {fix}")
     tokenizer = Tokenizer.load(args.tokenizer)
     files = find_inputs(args.input)
+    progress = tqdm(desc="preprocess", unit="B", unit_scale=True, disable=None, leave=False)
+    progress.total = sum(file.stat().st_size for file in files)
+    read = partial(read_documents, json_key=args.json_key, errors=args.errors)
+    texts = _Measured(read(files, advance=progress.update))
+    encoded = encode_many(tokenizer, texts, args.workers or count_cores())
     tokens = 0
-    size = sum(file.stat().st_size for file in files)
-    with (
-        tqdm(
-            total=size, desc="preprocess", unit="B", unit_scale=True, disable=None, leave=False
-        ) as progress,
-        IndexedWriter(args.out, tokenizer.vocab_size) as writer,
-    ):
-        read = read_documents(
-            files, json_key=args.json_key, errors=args.errors, advance=progress.update
-        )
-        texts = _Measured(read)
-        for ids in encode_many(tokenizer, texts, args.workers or count_cores()):
+    with progress, IndexedWriter(args.out, tokenizer.vocab_size) as writer, closing(encoded):
+        for ids in encoded:
             document = np.append(ids, np.int32(tokenizer.eod)) if args.append_eod else ids
             writer.add_document(document)
             tokens += len(document)
@@ -82,15 +79,12 @@ def preprocess(args: PreprocessArgs) -> None:
             "tokenizer_sha256": tokenizer.sha256,
             "append_eod": args.append_eod,
         }
-        # An older index goes first: a run killed from here on leaves a dataset that is refused, not
-        # a mixture.
+        # An older index goes first: a run killed from here on leaves no mixture that loads.
         writer.idx_path.unlink(missing_ok=True)
         tokenizer.save(f"{args.out}.tokenizer.json")
         _write_meta(f"{args.out}.json", meta)
-    ratio = texts.text_bytes / tokens
-    print(
-        f"{args.out}: {texts.documents:,} documents, {tokens:,} tokens, {ratio:.2f} bytes a token"
-    )
+    ratio = f"{texts.text_bytes / tokens:.2f} bytes a token"
+    print(f"{args.out}: {texts.documents:,} documents, {tokens:,} tokens, {ratio}")
 
 
 def count_cores() -> int:

@@ -26,7 +26,7 @@ def parse_json(text: str, name: str, line: int | None = None) -> Any:
     except (_Refused, RecursionError, ValueError) as error:
         what = error if isinstance(error, _Refused) else "nested too deep, or a number too long"
         where = name if line is None else f"{name}:{line}"
-        raise DataError(f"{where}: not JSON we read: {what}") from None
+        raise DataError(f"{where}: bad JSON: {what}") from None
 
 
 def kind_of(value: Any) -> str:

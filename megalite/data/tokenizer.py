@@ -23,8 +23,7 @@ from megalite.core.errors import DataError
 from megalite.data.atomic import write_atomic
 from megalite.data.vocabulary import EOD, PATTERNS, Vocabulary, dump_vocabulary, load_vocabulary
 
-# Bounds of the cache: words of code and prose are short, and 100,000 of them are most of any
-# language.
+# Bounds of the cache: words as people write them are short, and so many of them are most.
 CACHED_WORDS = 1 << 17
 CACHED_LENGTH = 64
 # Above this many bytes a search for the best pair at every merge costs more than a queue.
@@ -58,7 +57,7 @@ class Tokenizer:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the file that `save` writes: equal for tokenizers that give equal ids."""
+        """Of the file that `save` writes: the name of this tokenizer in metadata."""
         return hashlib.sha256(dump_vocabulary(self.vocabulary)).hexdigest()
 
     def encode(self, text: str | bytes) -> list[int]:
@@ -141,17 +140,12 @@ class _Merger:
     """Joins the bytes of one word. `steps` counts places looked at, for tests of linear time."""
 
     def __init__(self, vocabulary: Vocabulary):
-        spelled = {
-            token: idx
-            for idx, token in enumerate(vocabulary.tokens)
-            if idx not in vocabulary.special.values()
-        }
-        self._byte_ids = [spelled[bytes([byte])] for byte in range(256)]
+        control = set(vocabulary.special.values())
+        plain = {t: idx for idx, t in enumerate(vocabulary.tokens) if idx not in control}
+        self._byte_ids = [plain[bytes([byte])] for byte in range(256)]
         self._widths = [len(token) for token in vocabulary.tokens]
         self._merges = vocabulary.merges
-        self._ranks = {
-            (left, right): rank for rank, (left, right, _) in enumerate(vocabulary.merges)
-        }
+        self._ranks = {(a, b): rank for rank, (a, b, _) in enumerate(vocabulary.merges)}
         self.steps = 0
 
     def merge(self, word: bytes) -> list[int]:
@@ -198,8 +192,8 @@ class _Merger:
             left_width, width = widths[left], widths[made]
             todo = places[rank]
             todo.sort(reverse=True)
-            # A merge can open a pair of an earlier rank (a file may make one token in two ways):
-            # that goes first.
+            # A merge that opens a pair of an earlier rank stops this loop: that rank goes first.
+            # (Where each token is made in one way only, as in our training, none ever does.)
             while todo and queue[0] == rank:
                 i = todo.pop()
                 self.steps += 1
@@ -209,10 +203,8 @@ class _Merger:
                 cells[middle - 1] = cells[middle] = -1
                 cells[i] = cells[after - 1] = made
                 before = cells[i - 1] if i else -1
-                for pair, place in (
-                    ((made, cells[after]), i),
-                    ((before, made), i - widths[before]),
-                ):
+                neighbours = ((made, cells[after]), i), ((before, made), i - widths[before])
+                for pair, place in neighbours:
                     if (opened := rank_of(pair)) is not None:
                         if opened not in places:
                             places[opened] = []

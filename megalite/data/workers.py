@@ -11,7 +11,7 @@ import os
 import signal
 import struct
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import IO
 
@@ -27,7 +27,7 @@ DONE, FAILED = b"\0", b"\1"
 
 def encode_many(
     tokenizer: Tokenizer, documents: Iterable[str | bytes], workers: int
-) -> Iterator[np.ndarray]:
+) -> Generator[np.ndarray, None, None]:
     """The ids of each document in order, as int32 arrays.
 
     Raises RunError when a worker dies, and DataError as `Tokenizer.encode` does.
@@ -59,9 +59,9 @@ def _batches(documents: Iterable[str | bytes]) -> Iterator[list[bytes]]:
     batch: list[bytes] = []
     size = 0
     for document in documents:
-        batch.append(
-            document if isinstance(document, bytes) else replace_surrogates(document).encode()
-        )
+        if isinstance(document, str):
+            document = replace_surrogates(document).encode()
+        batch.append(document)
         size += len(batch[-1])
         if size >= BATCH_BYTES:
             yield batch
@@ -82,22 +82,17 @@ class _Worker:
             # The child never returns: what stands above it on the stack belongs to the parent.
             status = 1
             try:
-                for pipe in (
-                    work_in,
-                    result_out,
-                    *(p.fileno() for other in others for p in other.pipes),
-                ):
-                    os.close(pipe)
+                theirs = [pipe.fileno() for other in others for pipe in other.pipes]
+                for end in (work_in, result_out, *theirs):
+                    os.close(end)
                 _serve(tokenizer, os.fdopen(work_out, "rb"), os.fdopen(result_in, "wb"))
                 status = 0
             finally:
                 os._exit(status)
         os.close(work_out)
         os.close(result_in)
-        self.pipes: tuple[IO[bytes], IO[bytes]] = (
-            os.fdopen(work_in, "wb"),
-            os.fdopen(result_out, "rb"),
-        )
+        self.pipes: tuple[IO[bytes], IO[bytes]]
+        self.pipes = os.fdopen(work_in, "wb"), os.fdopen(result_out, "rb")
 
     def send(self, batch: list[bytes]) -> None:
         try:
@@ -130,19 +125,16 @@ class _Worker:
         self.pid = 0
         code = os.waitstatus_to_exitcode(status)
         cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        return RunError(
-            f"tokenizer worker {self.idx} died with {cause} (out of memory? try --workers 1)"
-        )
+        fix = "out of memory? try --workers 1"
+        return RunError(f"tokenizer worker {self.idx} died with {cause} ({fix})")
 
 
 def _serve(tokenizer: Tokenizer, work: IO[bytes], results: IO[bytes]) -> None:
     """The child's loop: a batch in, its ids out, until the parent closes the pipe."""
     while (batch := _read(work)) is not None:
         try:
-            state, parts = (
-                DONE,
-                [np.array(tokenizer.encode(text), dtype=np.int32).tobytes() for text in batch],
-            )
+            ids = (np.array(tokenizer.encode(text), dtype=np.int32) for text in batch)
+            state, parts = DONE, [array.tobytes() for array in ids]
         except DataError as error:
             state, parts = FAILED, [str(error).encode()]
         results.write(state)

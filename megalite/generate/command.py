@@ -62,18 +62,12 @@ def load_tokenizer(run: Path) -> Tokenizer:
 def generate(args: GenerateArgs) -> None:
     """Print `num_samples` texts."""
     how = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
-    how.check()
-    for name, value in (("--max-tokens", args.max_tokens), ("--num-samples", args.num_samples)):
-        if value < 1:
-            raise UserError(f"{name} {value}: must be >= 1")
     path = Path(args.checkpoint)
     model, config, _ = load_model(path)
     tokenizer = load_tokenizer(run_directory(path))
     if args.top_k > config.model.vocab_size:
         raise UserError(f"--top-k {args.top_k}: the model knows {config.model.vocab_size} tokens")
     ids = list(tokenizer.encode(args.prompt))
-    if not ids:
-        raise UserError('PROMPT "": must not be empty')
     made = run_generation(
         logits_of(model),
         [ids] * args.num_samples,

@@ -8,30 +8,21 @@ import torch
 from torch import Tensor
 
 from megalite.core import rng
-from megalite.core.errors import UserError
 
 # b requests, v vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is drawn. Temperature 0 takes the most likely one."""
+    """How the next token is drawn; core/check.py has the range of each number."""
 
     temperature: float = 0.8
+    """Spread of the choice; 0 takes the most likely token."""
     top_k: int = 0
     """Only the k most likely tokens (0: all)."""
     top_p: float = 1.0
     """Only the most likely tokens that together reach this probability."""
     seed: int = 1234
-
-    def check(self) -> None:
-        """Raise UserError for a setting out of its range."""
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"--temperature {self.temperature}: must be a finite number >= 0")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"--top-p {self.top_p}: must be in (0, 1]")
-        if self.top_k < 0:
-            raise UserError(f"--top-k {self.top_k}: must be >= 0 (0: all tokens)")
 
 
 def probabilities(logits: Tensor, how: Sampling) -> Tensor:
@@ -39,7 +30,8 @@ def probabilities(logits: Tensor, how: Sampling) -> Tensor:
     wide = logits.double()
     if how.temperature == 0:
         return torch.nn.functional.one_hot(wide.argmax(-1), wide.shape[-1]).double()
-    p = torch.softmax(wide / how.temperature, dim=-1)
+    # The largest becomes 0 first: a temperature near 0 must not make infinities of it.
+    p = torch.softmax((wide - wide.amax(-1, keepdim=True)) / how.temperature, dim=-1)
     order = p.argsort(dim=-1, descending=True, stable=True)
     ranked = p.gather(-1, order)
     keep = torch.ones_like(ranked, dtype=torch.bool)

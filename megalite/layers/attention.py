@@ -1,7 +1,7 @@
-"""Causal self-attention with grouped queries, heads cut over tp; fewer kv heads than tp ranks are replicated.
+"""Causal self-attention with grouped queries, heads cut over tp.
 
-SDPA does the work; attention dropout and score caps take the written-out softmax. A fork's own attention is a
-class with this constructor and forward.
+Fewer kv heads than tp ranks are replicated. SDPA does the work; attention dropout and score caps
+take the written-out softmax. A fork's own attention is a class with this constructor and forward.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Attention(nn.Module):
         super().__init__()
         tp = mesh.axis("tp")
         q_size, kv_size = cfg.num_heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
-        # With fewer kv heads than ranks, tp.rep ranks share a head and each sees only some of its queries.
+        # With fewer kv heads than ranks, tp.rep ranks share a head; each sees some of its queries.
         shared = cfg.kv_heads < tp.size
         kv = Block(kv_size, ("tp.kv" if shared else "tp", None), ("tp.rep",) if shared else ())
         blocks = (Block(q_size, ("tp", None)), kv, kv)
@@ -52,11 +52,8 @@ class Attention(nn.Module):
         # Each tp rank normalises its own heads only, whatever the sequence cut.
         self.q_norm = Norm(cfg.head_dim, cfg, tp, row_sum=("tp",)) if cfg.qk_norm else None
         self.k_norm = Norm(cfg.head_dim, cfg, tp, row_sum=("tp",)) if cfg.qk_norm else None
-        self.window, self.soft_cap, self.p = (
-            cfg.sliding_window,
-            cfg.attention_soft_cap,
-            cfg.attention_dropout,
-        )
+        self.window, self.soft_cap = cfg.sliding_window, cfg.attention_soft_cap
+        self.p = cfg.attention_dropout
         self.key = rng.key(seed, "attention dropout", layer)
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
@@ -86,21 +83,19 @@ class Attention(nn.Module):
         scores = q @ k.transpose(-1, -2) / sqrt(self.head_dim)  # [b, n, s, s]
         if self.soft_cap is not None:
             scores = self.soft_cap * torch.tanh(scores / self.soft_cap)
-        weights = masked_softmax(
-            scores, attention_mask(call.positions, call.positions, self.window)
-        )
-        if self.p > 0 and call.training:
-            heads = torch.arange(self.num_heads, device=q.device) + self.first_head
-            hashed = rng.rows(
-                self.key,
-                call.samples[:, None, None, None],
-                heads[:, None, None],
-                call.positions[:, None],
-            )
-            weights = (
-                weights * keep_mask(hashed, call.positions, self.p).to(weights.dtype) / (1 - self.p)
-            )
-        return weights @ v
+        mask = attention_mask(call.positions, call.positions, self.window)
+        return self._dropped(masked_softmax(scores, mask), call) @ v
+
+    def _dropped(self, weights: Tensor, call: Call) -> Tensor:
+        """Dropout on `weights` [b, n, s, s], each keyed by its sample, head, query and key."""
+        if self.p == 0 or not call.training:
+            return weights
+        heads = torch.arange(self.num_heads, device=weights.device) + self.first_head
+        queries = call.positions[:, None]
+        samples = call.samples[:, None, None, None]
+        hashed = rng.rows(self.key, samples, heads[:, None, None], queries)  # [b, n, s, 1]
+        keep = keep_mask(hashed, call.positions, self.p).to(weights.dtype)
+        return weights * keep / (1 - self.p)
 
 
 ATTENTION = {"softmax": Attention}

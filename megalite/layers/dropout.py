@@ -1,4 +1,4 @@
-"""Dropout whose mask is a pure function of (seed, layer, sample, position, feature): the same at every layout."""
+"""Dropout whose mask is a function of (seed, layer, sample, position, feature), at every layout."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from megalite.core.call import Call
 
 
 def keep_mask(hashed: Tensor, columns: Tensor, p: float) -> Tensor:
-    """Booleans, True with probability 1 - p: `hashed` row keys [..., 1] against `columns` [n] give [..., n]."""
+    """True with probability 1 - p: `hashed` row keys [..., 1] and `columns` [n] give [..., n]."""
     return rng.uniform(rng.mix(hashed ^ columns)) >= p
 
 
 def dropout(x: Tensor, p: float, key: int, call: Call) -> Tensor:
-    """Zero each element of `x` [r, b, h] with probability p, and scale the others by 1 / (1 - p)."""
+    """Zero each element of `x` [r, b, h] with probability p, and divide the others by 1 - p."""
     if p == 0.0 or not call.training:
         return x
     hashed = rng.rows(key, call.samples[None, :, None], call.row_positions[:, None, None])

@@ -38,9 +38,8 @@ class _Lookup(torch.autograd.Function):
         local, elsewhere = _local_rows(tokens, table, tp)
         ctx.local, ctx.elsewhere, ctx.table = local, elsewhere, table
         ctx.seq_cut, ctx.later = seq_cut, later
-        x = F.embedding(local, table).masked_fill_(
-            elsewhere.unsqueeze(-1), 0.0
-        )  # [s, b, h], partial over tp
+        x = F.embedding(local, table)
+        x.masked_fill_(elsewhere.unsqueeze(-1), 0.0)  # [s, b, h], partial over tp
         return comm.reduce_scatter(x, seq_cut) if seq_cut else comm.all_reduce(x, tp)
 
     @staticmethod
@@ -55,7 +54,10 @@ class _Lookup(torch.autograd.Function):
 
 
 class Embedding(nn.Module):
-    """The token table [v, h], rows cut over tp; `tied` names the two stages that hold it, `uses` how often."""
+    """The token table [v, h], rows cut over tp.
+
+    `tied` names the two stages that hold it; `uses` counts its gradients in one backward.
+    """
 
     def __init__(self, cfg: ModelConfig, tp: Axis, *, uses: int, tied: tuple[int, int] | None):
         super().__init__()
@@ -66,7 +68,7 @@ class Embedding(nn.Module):
 
     def forward(self, call: Call) -> Tensor:
         """The rows of `call.tokens` [s, b]: [s or s/tp, b, h]."""
-        # The table's gradient is added by hand; the anchor is what tells autograd to run backward at all.
+        # The table's gradient is added by hand; the anchor makes autograd run backward at all.
         anchor = self.weight.new_zeros((), requires_grad=torch.is_grad_enabled())
         return _Lookup.apply(call.tokens, anchor, (self.weight,), self.tp, call.seq_cut, call.later)
 

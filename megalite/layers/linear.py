@@ -1,9 +1,10 @@
-"""Column- and row-split linears: one autograd function each, with the collectives of Megatron's f and g inside.
+"""Column- and row-split linears: an autograd function each, Megatron's f and g inside.
 
-With sequence parallelism (`call.seq_cut`) a column linear gathers its input along s and a row linear
-reduce-scatters its output; without it they all-reduce. In backward the collective of the input gradient runs
-while the weight gradient is computed, or the weight gradient is left in `call.later` for W.
-Shoeybi et al. 2019 (arXiv 1909.08053); Korthikanti et al. 2022 (arXiv 2205.05198).
+With sequence parallelism (`call.seq_cut`) a column linear gathers its input along s and a row
+linear reduce-scatters its output; without it they all-reduce. In backward the collective of the
+input gradient runs while the weight gradient is computed, or the weight gradient is left in
+`call.later` for W. Shoeybi et al. 2019 (arXiv 1909.08053); Korthikanti et al. 2022 (arXiv
+2205.05198).
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ def _bias_grad(bias: nn.Parameter | None, dy: Tensor) -> None:
 def _tracked(x: Tensor) -> Tensor:
     """`x` such that backward reaches the function it is given to.
 
-    Parameters go in a tuple, out of autograd's sight: their gradients are added by hand, once, and autograd
-    would call their hooks a second time.
+    Parameters go in a tuple, out of autograd's sight: their gradients are added by hand, once, and
+    autograd would call their hooks a second time.
     """
     return x if x.requires_grad or not torch.is_grad_enabled() else x.detach().requires_grad_()
 
@@ -115,7 +116,7 @@ def row_linear(
 
 
 class ColumnLinear(nn.Module):
-    """A linear whose output features are cut over tp. `blocks` are its fused parts (q, k, v; gate, up)."""
+    """A linear whose outputs are cut over tp. `blocks` are its fused parts (q, k, v; gate, up)."""
 
     def __init__(
         self,
@@ -140,7 +141,7 @@ class ColumnLinear(nn.Module):
 
 
 class RowLinear(nn.Module):
-    """A linear whose input features are cut over tp; `row_sum` is where its bias's gradient stays partial."""
+    """A linear whose inputs are cut over tp; `row_sum`: axes its bias's gradient is partial over."""
 
     def __init__(
         self,

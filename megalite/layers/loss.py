@@ -1,4 +1,4 @@
-"""Cross entropy over a vocabulary that is cut over tp: the sum over unmasked tokens, logits never gathered."""
+"""Cross entropy, summed over unmasked tokens, of logits cut over tp and never gathered."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor, vocab_size: int, tp: Axis) -> Tensor:
-    """Sum of -log p(label) over the tokens whose label is not negative; the same number on every tp rank.
+    """Sum of -log p(label) over the tokens whose label is not negative.
 
-    `logits` [t, v/tp] is overwritten, forward and backward; backward may run once. `labels` [t].
+    The same number on every tp rank, in at least float32.     `logits` [t, v/tp] is overwritten,
+    forward and backward; backward may run once. `labels` [t].
     """
     return _CrossEntropy.apply(logits, labels, vocab_size, tp)

@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm as modules; with sequence parallelism each tp rank normalises its own rows."""
+"""LayerNorm and RMSNorm; with sequence parallelism each tp rank normalises its own rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megalite.ops.rms_norm import rms_norm
 class Norm(nn.Module):
     """The model's normalisation over a last dimension of `size`.
 
-    `row_sum` names the axes over which each rank sees only some rows, so that the gradient stays partial.
+    `row_sum`: the axes over which each rank sees only some rows, so that gradients stay partial.
     """
 
     def __init__(self, size: int, cfg: ModelConfig, tp: Axis, *, row_sum: tuple[str, ...]):

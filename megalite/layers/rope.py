@@ -24,7 +24,8 @@ class Rope:
     def _angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         asked = (id(positions), dtype)
         if self._last is None or self._last[0] != asked:
-            # Keeping `positions` alive with its angles keeps its id from being given to another tensor.
+            # Keeping `positions` alive with its angles keeps its id from being given to another
+            # tensor.
             self._last = (asked, rope_angles(positions, self.head_dim, self.theta, dtype))
             self._positions = positions
         return self._last[1]

@@ -1,7 +1,7 @@
 """Which stage holds which layers, and the stages of one rank.
 
-The cut is balanced by the work of each layer and of the head, so the last stage gets fewer layers; a user's
-own `--pp-layers` stands as it is.
+The cut is balanced by the work of each layer and of the head, so the last stage gets fewer layers;
+a user's own `--pp-layers` stands as it is.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import nn
 
 from megalite.core.config import ModelConfig
 from megalite.core.mesh import Mesh
+from megalite.core.params import Traits, give_traits, traits_of
 from megalite.layers.attention import Attention
 from megalite.models.gpt import GPT
 
@@ -34,8 +35,8 @@ def head_flops(cfg: ModelConfig) -> float:
 def split_layers(cfg: ModelConfig, num_stages: int) -> tuple[int, ...]:
     """Layers of each stage, at least one each, with the slowest stage as fast as can be.
 
-    The head is on the last stage; the embedding's lookup is counted as a tenth of a layer on the first.
-    Raises ValueError if there are fewer layers than stages.
+    The head is on the last stage; the embedding's lookup is counted as a tenth of a layer on the
+    first. Raises ValueError if there are fewer layers than stages.
     """
     if cfg.num_layers < num_stages:
         raise ValueError(f"{cfg.num_layers} layers cannot fill {num_stages} stages")
@@ -67,9 +68,10 @@ def build_stages(
     seed: int,
     attention: Callable[..., nn.Module] = Attention,
 ) -> dict[int, GPT]:
-    """The stages that live on this rank, by number, uninitialised; `placement` gives each stage's pipeline rank.
+    """The stages that live on this rank, by number, uninitialised.
 
-    A tied table whose two stages both live here is one Parameter.
+    `placement` gives each stage's pipeline rank. A tied table whose two stages both live here is
+    one Parameter.
     """
     count = len(placement)
     ranges = stage_ranges(layers if layers is not None else split_layers(cfg, count))
@@ -91,11 +93,11 @@ def build_stages(
     }
     if cfg.tie_embeddings and count > 1 and {0, count - 1} <= mine.keys():
         shared = mine[0].embedding.weight
-        shared.traits = _untied(shared)
+        give_traits(shared, _used_twice(traits_of(shared)))
         mine[count - 1].embedding.weight = shared
     return mine
 
 
-def _untied(param: nn.Parameter):
-    """Traits of a tied table both of whose stages live on one rank: one Parameter, used twice."""
-    return replace(param.traits, shard=replace(param.traits.shard, tied=None), uses=2)
+def _used_twice(traits: Traits) -> Traits:
+    """Those of a tied table both of whose stages live on one rank: tied to no other copy."""
+    return replace(traits, shard=replace(traits.shard, tied=None), uses=2)

@@ -1,8 +1,9 @@
 """The decoder. GPT-2 and LLaMA are two settings of it; a pipeline stage is a run of its layers.
 
-A stage takes the residual stream of the stage before it (the first takes tokens) and gives the residual stream
-of the next; the last gives the summed loss, or logits where the call has no labels. One process holds one
-stage with everything. Parameter names are those of the whole model, at every layout.
+A stage takes the residual stream of the stage before it (the first takes tokens) and gives the
+residual stream of the next; the last gives the summed loss, or logits where the call has no labels.
+One process holds one stage with everything. Parameter names are those of the whole model, at every
+layout.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from megalite.layers.loss import cross_entropy_sum
 from megalite.layers.mlp import MLP
 from megalite.layers.norm import Norm
 
-# s sequence, r rows of the residual stream here (s, or s/tp when cut), b micro batch, h hidden, v vocabulary
+# s sequence, r rows of the residual stream here (s, or s/tp when cut), b micro batch, h hidden,
+# v vocabulary
 
 
 class Layer(nn.Module):
@@ -77,8 +79,9 @@ class GPT(nn.Module):
         super().__init__()
         self.cfg, self.first, self.last = cfg, first, last
         self.tp = tp = mesh.axis("tp")
-        # Where the residual stream is cut along s, whatever acts on its rows sees only some of them.
+        # Where the residual stream is cut along s, what acts on its rows sees only some of them.
         row_sum = ("tp",) if sequence_parallel else ()
+        self.rows_cut = sequence_parallel and tp.size > 1
         tied = cfg.tie_embeddings
         if first or (last and tied):
             stages = (0, num_stages - 1) if tied and num_stages > 1 else None
@@ -101,7 +104,10 @@ class GPT(nn.Module):
         self.key = rng.key(seed, "dropout", "embedding")
 
     def forward(self, x: Tensor | None, call: Call) -> Tensor:
-        """[r, b, h] (or tokens, on the first stage) -> [r, b, h], or the loss sum, or logits [s, b, v/tp]."""
+        """[r, b, h] (tokens on the first stage) -> [r, b, h], the loss sum or logits [s, b, v/tp]."""
+        # Otherwise the norms' gradients would be summed over tp though whole, or not though
+        # partial.
+        assert not torch.is_grad_enabled() or self.rows_cut == (call.seq_cut is not None)
         if self.first:
             x = self.embedding(call)
             if self.cfg.position == "learned":

@@ -20,7 +20,7 @@ def adamw_(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """One update in place, all tensors flat and of one dtype; `step` counts from 1. One pass over memory."""
+    """One update in place, in one pass; all tensors flat, of one dtype; `step` counts from 1."""
     adamw(
         [param],
         [grad],

@@ -1,7 +1,8 @@
 """Cross entropy in pieces, for a vocabulary that is cut over ranks: no rank ever sees all the logits.
 
-The three steps have a collective between them, which layers/loss.py adds: `peak` and then a max, `partials`
-and then a sum, and `loss_and_weights`; `gradient_` is their backward. All work in the logits' own storage.
+The three steps have a collective between them, which layers/loss.py adds: `peak` and then a max,
+`partials` and then a sum, and `loss_and_weights`; `gradient_` is their backward. All work in the
+logits' own storage.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ def peak(logits: Tensor) -> Tensor:
 def partials(logits: Tensor, top: Tensor, column: Tensor, here: Tensor) -> Tensor:
     """[2, t]: this rank's sum of exp(logit - top), and its label's logit - top (0 where the label is elsewhere).
 
-    Overwrites `logits` with exp(logit - top). `column` [t] is the label's place on this rank where `here` [t].
+    Overwrites `logits` with exp(logit - top). `column` [t] is the label's place on this rank where
+    `here` [t].
     """
     logits.sub_(top[:, None])
     picked = logits.gather(1, column[:, None]).squeeze(1).masked_fill_(~here, 0.0)

@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 def attention_mask(q: Tensor, k: Tensor, window: int | None) -> Tensor:
-    """[q, k] booleans: True where a query position may look at a key position (causal, within `window`)."""
+    """[q, k] booleans: True where a query may look at a key (causal, within `window`)."""
     ahead = q[:, None] - k[None, :]
     return ahead >= 0 if window is None else (ahead >= 0) & (ahead < window)
 
 
 def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
-    """Softmax of `scores` [b, n, q, k] over k where `mask` [q, k] holds; a row with no key gives zeros."""
+    """Softmax of `scores` [b, n, q, k] over the k where `mask` [q, k] holds; no key gives zeros."""
     scores = scores.masked_fill(~mask, -torch.inf)
     top = scores.amax(-1, keepdim=True).detach()
     weights = torch.exp(scores - torch.where(top.isinf(), torch.zeros_like(top), top))

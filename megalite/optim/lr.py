@@ -10,9 +10,9 @@ from megalite.core.config import OptimConfig
 def learning_rate(cfg: OptimConfig, *, done: float, warmup: float, total: float) -> float:
     """Rate of the step that ends at `done` of `total` (steps, or tokens), the first `warmup` linear from 0.
 
-    cosine and linear reach min_lr_ratio x lr with the last step; wsd stays at lr and falls linearly over its
-    last share (Hu et al. 2024, arXiv 2404.06395); inverse-square-root falls as sqrt(warmup / done) (Vaswani
-    et al. 2017).
+    cosine and linear reach min_lr_ratio x lr with the last step; wsd stays at lr and falls linearly
+    over its last share (Hu et al. 2024, arXiv 2404.06395); inverse-square-root falls as sqrt(warmup
+    / done) (Vaswani et al. 2017).
     """
     if done < warmup:
         return cfg.lr * done / warmup

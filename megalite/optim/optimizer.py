@@ -1,8 +1,8 @@
 """The optimizer over buckets: norm by ownership, one scale, and an update rule on each flat range.
 
-A rule is a class with `state_names` and `update(param, grad, state, *, step, lr, decay)`; it sees flat tensors
-of numbers and nothing of the layout. Where parameters are narrower than float32 the optimizer keeps a master
-copy of its range. Next: parallel/zero.py for which range that is.
+A rule is a class with `state_names` and `update(param, grad, state, *, step, lr, decay)`; it sees
+flat tensors of numbers and nothing of the layout. Where parameters are narrower than float32 the
+optimizer keeps a master copy of its range. Next: parallel/zero.py for which range that is.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megalite.parallel.zero import Zero
 
 
 class Optimizer:
-    """State of the ranges this rank updates. `step_count` and the state tensors are all there is to save."""
+    """State of the ranges this rank updates; `step_count` and the state tensors are all to save."""
 
     def __init__(self, zero: Zero, cfg: OptimConfig):
         self.zero, self.rule = zero, OPTIMIZERS[cfg.optimizer](cfg)
@@ -54,7 +54,7 @@ class Optimizer:
         self.zero.gather_params()
 
     def sum_of_squares(self) -> Tensor:
-        """Of the reduced gradients this rank counts, in float64: summed over the world, the squared norm."""
+        """Of the reduced gradients that this rank counts; over the world, the squared norm. float64."""
         total = torch.zeros((), dtype=torch.float64, device=self.zero.buckets[0].grads.device)
         for bucket, spans in zip(self.zero.buckets, self._owned, strict=True):
             for lo, hi in spans:

@@ -1,9 +1,9 @@
 """Parameters and gradients of a rank as a few flat buckets, each reduced by one collective.
 
-A bucket holds parameters of one stage that are treated alike (dtype, decay, learning rate, tie). Its
-FlatLayout says which range of the flat tensors is which parameter: optimizer, checkpoint and planner read it.
-Parameters and gradients become views of the flat tensors; nothing is ever copied to be reduced. What part of
-this lives sharded is zero.py's policy.
+A bucket holds parameters of one stage that are treated alike (dtype, decay, learning rate, tie).
+Its FlatLayout says which range of the flat tensors is which parameter: optimizer, checkpoint and
+planner read it. Parameters and gradients become views of the flat tensors; nothing is ever copied
+to be reduced. What part of this lives sharded is zero.py's policy.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from megalite.core.shard import (
 )
 
 ALIGN = 64
-"""Every parameter and every shard starts at a multiple of this many elements: 128 bytes in 2-byte types."""
+"""Parameters and shards start at multiples of this many elements: 128 bytes in 2-byte types."""
 
 Span = tuple[int, int]
 """A flat range [start, stop)."""
@@ -71,11 +71,11 @@ class FlatBox(NamedTuple):
     slot: Slot
     whole: Box
     span: Span
-    """The contiguous flat range of a run of the local tensor,"""
+    """The flat range of the run of whole rows of the local tensor that the box lies in."""
     shape: tuple[int, ...]
-    """viewed in this shape,"""
+    """Shape of that run."""
     inside: Box
-    """of which this is the part."""
+    """Where the box is in it."""
 
     def of(self, flat: Tensor, base: int) -> Tensor:
         """The box's numbers as a view of `flat`, which begins at element `base` of the bucket."""
@@ -85,7 +85,7 @@ class FlatBox(NamedTuple):
 
 @dataclass(frozen=True)
 class FlatLayout:
-    """A bucket's flat tensors: `size` elements, of which each of `ways` ranks looks after one equal range."""
+    """A bucket's flat tensors: `size` elements, an equal range for each of `ways` ranks to look after."""
 
     key: Key
     slots: tuple[Slot, ...]
@@ -98,7 +98,7 @@ class FlatLayout:
         return idx * width, (idx + 1) * width
 
     def owned_spans(self, within: Span) -> list[Span]:
-        """Flat ranges inside `within` whose numbers this rank counts: each number of the model, once."""
+        """Flat ranges inside `within` that this rank counts: over all ranks, each number once."""
         spans = []
         for slot in self.slots:
             for piece in slot.owned:
@@ -111,7 +111,7 @@ class FlatLayout:
     def boxes(
         self, within: Span, pieces_of: Callable[[Slot], Iterable[Piece]]
     ) -> Iterator[FlatBox]:
-        """Everything inside the flat range `within` as boxes of whole tensors, for the pieces asked of each slot."""
+        """The numbers in `within` as boxes of whole tensors, for the pieces asked of each slot."""
         for slot in self.slots:
             lo, hi = max(within[0], slot.start), min(within[1], slot.stop)
             at = lo
@@ -128,18 +128,18 @@ class FlatLayout:
                 at = end
 
     def partial_spans(self, axes: Mapping[str, Axis]) -> list[tuple[str, Span]]:
-        """Ranges whose gradient a backward leaves partial over another axis, neighbours merged across padding."""
+        """Ranges whose gradient a backward leaves partial over another axis, adjacent ones merged."""
         found: list[tuple[str, Span]] = []
         for slot in self.slots:
             for piece in slot.shard.pieces(axes):
                 for axis in slot.shard.blocks[piece.block].grad_sum:
-                    spans = box_spans(slot.shape, piece.local)
-                    for lo, hi in ((slot.start + lo, slot.start + hi) for lo, hi in spans):
-                        last = found[-1] if found else None
-                        if last and last[0] == axis and lo - last[1][1] < ALIGN:
-                            found[-1] = (axis, (last[1][0], hi))
-                        else:
-                            found.append((axis, (lo, hi)))
+                    for start, stop in box_spans(slot.shape, piece.local):
+                        lo, hi = slot.start + start, slot.start + stop
+                        # The zeros up to the next slot come along, so that slots are adjacent.
+                        hi = _aligned(hi) if hi == slot.stop else hi
+                        if found and found[-1] == (axis, (found[-1][1][0], lo)):
+                            lo = found.pop()[1][0]
+                        found.append((axis, (lo, hi)))
         return found
 
 
@@ -165,8 +165,8 @@ def plan(
 ) -> list[tuple[FlatLayout, list[nn.Parameter]]]:
     """Sort the parameters of this rank's stages into buckets of about `bucket_bytes` of gradients.
 
-    Last layers come first: their gradients are complete first. The order is the same on every rank that holds
-    these stages.
+    Last layers come first: their gradients are complete first. The order is the same on every rank
+    that holds these stages.
     """
     seen: set[int] = set()
     groups: dict[Key, list[tuple[str, nn.Parameter]]] = {}
@@ -202,6 +202,10 @@ def _cut(members: list[tuple[str, nn.Parameter]], bucket_bytes: float) -> Iterab
     yield part
 
 
+def _aligned(n: int) -> int:
+    return -(-n // ALIGN) * ALIGN
+
+
 def _lay_out(key: Key, members: list[tuple[str, nn.Parameter]], ways: int) -> FlatLayout:
     slots, end = [], 0
     for name, param in members:
@@ -209,6 +213,6 @@ def _lay_out(key: Key, members: list[tuple[str, nn.Parameter]], ways: int) -> Fl
         first_copy = traits.shard.tied is None or traits.shard.tied[0] == key.stage
         owned = tuple(traits.shard.owned(traits.axes)) if first_copy else ()
         slots.append(Slot(name, tuple(param.shape), end, traits.shard, owned))
-        end += -(-param.numel() // ALIGN) * ALIGN
+        end += _aligned(param.numel())
     whole = ALIGN * ways
     return FlatLayout(key, tuple(slots), -(-end // whole) * whole, ways)

@@ -1,8 +1,9 @@
-"""Transfers between pipeline stages: one FIFO, with a process group of its own, for each directed pair of ranks.
+"""Transfers between pipeline stages: for each directed pair of ranks a FIFO and a group of its own.
 
-A receiver knows the whole schedule, so it posts its receives in the sender's order and hands them out by
-message; there are no tags to match, on gloo or NCCL. Shapes are never sent: both sides know the microbatch.
-This is the only file beside core/ that talks to torch.distributed. Next: pipeline.py, which uses it.
+A receiver knows the whole schedule, so it posts its receives in the sender's order and hands them
+out by message; there are no tags to match, on gloo or NCCL. Shapes are never sent: both sides know
+the microbatch. This is the only file beside core/ that talks to torch.distributed. Next:
+pipeline.py, which uses it.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ AHEAD = 2
 """Receives posted beyond the one that is waited for, so that data lands while a stage computes."""
 
 _Posted = tuple[Message, Tensor, "dist.Work | None", Collective]
+_Sending = tuple["dist.Work | None", Callable[[], None], Collective]
 
 
 class Pipes:
-    """The FIFOs of one pipeline rank. Every rank of the world makes it together, with the same schedule."""
+    """The FIFOs of one pipeline rank. All ranks of the world make it together, of one schedule."""
 
     def __init__(self, mesh: Mesh, schedule: Schedule):
         self.mesh, self.me = mesh, mesh.coords["pp"]
@@ -42,7 +44,7 @@ class Pipes:
     def begin(self, schedule: Schedule, empty: Callable[[Message], Tensor]) -> None:
         """Start a step: `empty` makes the buffer that a message is received into."""
         self._empty = empty
-        self._sending: list[tuple[dist.Work | None, Callable[[], None], Collective]] = []
+        self._sending: list[_Sending] = []
         incoming = {e: m for e, m in edge_order(schedule).items() if e[1] == self.me}
         self._coming = {src: deque(messages) for (src, _), messages in incoming.items()}
         self._posted: dict[int, deque[_Posted]] = {src: deque() for src in self._coming}
@@ -75,9 +77,7 @@ class Pipes:
     def end(self) -> None:
         """Wait until everything that was sent has left."""
         self._reap(wait=True)
-        assert (
-            not any(self._coming.values()) and not any(self._posted.values()) and not self._landed
-        )
+        assert not any((*self._coming.values(), *self._posted.values())) and not self._landed
 
     def _post(self, src: int) -> None:
         while self._coming[src] and len(self._posted[src]) <= AHEAD:
@@ -91,7 +91,7 @@ class Pipes:
             self._posted[src].append((message, buffer, work, entry))
 
     def _reap(self, wait: bool = False) -> None:
-        waiting = []
+        waiting: list[_Sending] = []
         for work, sent, entry in self._sending:
             if work is not None and wait:
                 wait_for(work)
@@ -110,8 +110,8 @@ class Pipes:
 def free_storage(tensor: Tensor) -> None:
     """Give back the memory of a stage's output that has been sent; its graph stays.
 
-    Only where the node that made it is an addition, which does not look at its output in backward: every
-    stage of ours ends in a residual. A fork's own ending keeps its output.
+    Only where the node that made it is an addition, which does not look at its output in backward:
+    every stage of ours ends in a residual. A fork's own ending keeps its output.
     """
     if type(tensor.grad_fn).__name__ == "AddBackward0":
         with torch.no_grad():

@@ -1,8 +1,8 @@
-"""The engine: one pipeline rank walks its list of actions. pp = 1 is a list of one stage; there is no other loop.
+"""The engine: one pipeline rank walks its list of actions; pp = 1 is a list of one stage.
 
-F runs a stage on one microbatch and sends its output on; B (or I, with W later) runs it back; R starts what is
-left of the stage's gradient reduction. The order is the Schedule's alone. Next: schedule/action.py for what an
-action is, buckets.py for what R reduces.
+F runs a stage on one microbatch and sends its output on; B (or I, with W later) runs it back; R
+starts what is left of the stage's gradient reduction. The order is the Schedule's alone. Next:
+schedule/action.py for what an action is, buckets.py for what R reduces.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from megalite.schedule.action import Action, Message, Op, Schedule, forward_only
 class Pipeline:
     """Runs the stages that live here. `schedule_for(n)` orders n microbatches; R calls `reduce(stage)`.
 
-    A stage is a module called with (input or None, Call); it has `boundary_shape(call)`, and the last one gives
-    the summed loss (or logits, where the call has no labels).
+    A stage is a module called with (input or None, Call); it has `boundary_shape(call)`, and the
+    last one gives the summed loss (or logits, where the call has no labels).
     """
 
     def __init__(
@@ -57,8 +57,9 @@ class Pipeline:
     def run(self, calls: Sequence[Call], *, seed: Tensor) -> Tensor:
         """Forward and backward of one step's microbatches; gradients are added up in `.grad`.
 
-        `seed` (scalar) is what the loss sum's gradient starts from. Gives the loss sum of this rank's
-        microbatches, zero where the last stage is elsewhere. All ranks of the mesh call it together.
+        `seed` (scalar) is what the loss sum's gradient starts from. Gives the loss sum of this
+        rank's microbatches, zero where the last stage is elsewhere. All ranks of the mesh call it
+        together.
         """
         self.seed = seed
         losses = self._walk(self.schedule_for(len(calls)), calls)

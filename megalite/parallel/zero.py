@@ -1,8 +1,9 @@
 """ZeRO as one policy over flat buckets: which of optimizer state, gradients and parameters live sharded.
 
-Stage 0 shards nothing, 1 the optimizer state. Rajbhandari et al. 2020 (arXiv 1910.02054). A bucket's
-reduction starts when the last contribution to it has landed in the last backward of a step, so it runs beside
-what is left of that backward; `reduce` (the schedule's R) starts the rest, `finish` waits.
+Stage 0 shards nothing, 1 the optimizer state. Rajbhandari et al. 2020 (arXiv 1910.02054). A
+bucket's reduction starts when the last contribution to it has landed in the last backward of a
+step, so it runs beside what is left of that backward; `reduce` (the schedule's R) starts the rest,
+`finish` waits.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from megalite.core import comm
 from megalite.core.mesh import Mesh
-from megalite.core.params import traits_of
+from megalite.core.params import listen
 from megalite.parallel.buckets import Bucket, Span, plan
 
 
@@ -38,9 +39,7 @@ class Zero:
         for layout, params in plan(stages, ways=self.axis.size, bucket_bytes=bucket_bytes):
             for param in params:
                 self._of[id(param)] = len(self.buckets)
-                param.on_landed = self._on_landed
-                # Whatever autograd adds up by itself (norms, a fork's plain F.linear) lands here.
-                param.register_post_accumulate_grad_hook(self._on_landed)
+                listen(param, self._on_landed)
             self.buckets.append(Bucket(layout, params, device))
         self._partials = [b.layout.partial_spans(mesh.axes) for b in self.buckets]
         self.begin(0)
@@ -54,13 +53,13 @@ class Zero:
             bucket.grads.zero_()
 
     def reduce(self, stage: int) -> None:
-        """Start the reductions of that stage which have not started by themselves. Its gradients are complete."""
+        """Start those reductions of a stage, its gradients complete, that have not started yet."""
         for number, bucket in enumerate(self.buckets):
             if bucket.layout.key.stage == stage and self._pending[number] is None:
                 self._start(number)
 
     def finish(self) -> None:
-        """Wait for all reductions; then `grads_of` holds sums over every microbatch and data rank."""
+        """Wait for all reductions; then `grads_of` has sums over all microbatches and data ranks."""
         tying = []
         for number, bucket in enumerate(self.buckets):
             if bucket.layout.key.tied:
@@ -77,7 +76,7 @@ class Zero:
         return bucket.layout.range_of(self.axis.idx)
 
     def updated_range(self, bucket: Bucket) -> Span:
-        """The range this rank updates: its own, or all of it where the optimizer state is replicated."""
+        """The range this rank updates: its own, or all where the optimizer state is replicated."""
         return self.my_range(bucket) if self.stage >= 1 else (0, bucket.layout.size)
 
     def grads_of(self, bucket: Bucket) -> Tensor:
@@ -118,14 +117,3 @@ class Zero:
         pending = self._pending[number]
         assert pending is not None, "R was not run for every stage"
         pending.wait()
-
-
-def local_params(zero: Zero, stages: Mapping[int, nn.Module]) -> dict[str, nn.Parameter]:
-    """Every parameter of these stages by name, second copies of tied tables left out."""
-    found = {}
-    for number, stage in stages.items():
-        for name, param in stage.named_parameters():
-            tied = traits_of(param).shard.tied
-            if tied is None or tied[0] == number:
-                found[name] = param
-    return found

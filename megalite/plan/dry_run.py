@@ -1,4 +1,6 @@
-"""`megalite pretrain --dry-run`: the layout picture and the memory of a rank, on any laptop; starts nothing."""
+"""`megalite pretrain --dry-run`: the layout picture and the memory of a rank, on any laptop; starts
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from megalite.train.pictures import timeline
 
 
 def dry_run(config: Config, world_size: int) -> None:
-    """Print what `world_size` ranks would hold and do. Raises UserError where the schedule cannot run."""
+    """Print what `world_size` ranks would hold and do. Raises UserError where the schedule cannot
+    run.
+    """
     layout = config.layout
     dtype = _dtype(config)
     schedule = schedule_maker(config)(config.num_microbatches(world_size))

@@ -1,8 +1,8 @@
 """What one rank of a layout has to hold: counted from the parameters' own Shards, on a fake mesh.
 
-Nothing is allocated: each stage of the real model is built on torch's meta device and laid out in its real
-buckets, so weights, gradients and optimizer state are exact. Activations are counted from what one layer's
-backward keeps, times the microbatches the schedule holds at its fullest.
+Nothing is allocated: each stage of the real model is built on torch's meta device and laid out in
+its real buckets, so weights, gradients and optimizer state are exact. Activations are counted from
+what one layer's backward keeps, times the microbatches the schedule holds at its fullest.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ class StageMemory:
 
 
 def stage_memory(config: Config, world_size: int, pp_idx: int, dtype: torch.dtype) -> StageMemory:
-    """What the ranks of pipeline place `pp_idx` hold; a config that `check` accepted for that world."""
+    """What the ranks of pipeline place `pp_idx` hold; a config that `check` accepted for that
+    world.
+    """
     sizes = mesh_sizes(config, world_size)
     rank = pp_idx * prod(n for name, n in sizes.items() if name != "pp")
     kind = "fake" if world_size > 1 else "single"
@@ -87,9 +89,9 @@ def stage_memory(config: Config, world_size: int, pp_idx: int, dtype: torch.dtyp
 def layer_activations(model: ModelConfig, config: Config, itemsize: int) -> int:
     """Bytes that one layer keeps for the backward of one microbatch.
 
-    Cut over tp: queries, keys, values, attention's output twice (SDPA's and the projection's input), and the
-    MLP's inner rows before and after its nonlinearity. Of the residual's width, cut over tp only with sequence
-    parallelism: the inputs and outputs of both norms.
+    Cut over tp: queries, keys, values, attention's output twice (SDPA's and the projection's
+    input), and the MLP's inner rows before and after its nonlinearity. Of the residual's width, cut
+    over tp only with sequence parallelism: the inputs and outputs of both norms.
     """
     layout = config.layout
     rows = model.seq_len // layout.cp * config.train.micro_batch_size

@@ -1,8 +1,8 @@
 """Config to engine: the only place where all rooms meet.
 
-An Engine is one rank's share of the model with everything that trains it: stages, buckets, optimizer,
-pipeline. Nothing in it is specific to a kind of parallelism; one process is the same thing with one rank.
-Next: loop.py, which takes steps with it.
+An Engine is one rank's share of the model with everything that trains it: stages, buckets,
+optimizer, pipeline. Nothing in it is specific to a kind of parallelism; one process is the same
+thing with one rank. Next: loop.py, which takes steps with it.
 """
 
 from __future__ import annotations
@@ -52,12 +52,14 @@ class Engine:
 
     @property
     def counts_loss(self) -> bool:
-        """Whether this rank's loss counts: one rank of the last stage for each piece of the batch."""
+        """Whether this rank's loss counts: one rank of the last stage for each part of a batch."""
         return self.pipeline.has_loss and self.mesh.coords["tp"] == 0
 
 
 def schedule_maker(config: Config) -> Callable[[int], Schedule]:
-    """Gives the checked schedule of a number of microbatches. Raises UserError for one that cannot run."""
+    """Gives the checked schedule of a number of microbatches. Raises UserError for one that cannot
+    run.
+    """
     layout = config.layout
     make = SCHEDULES[layout.schedule]
 
@@ -83,7 +85,7 @@ def pick_device(config: Config, world: World) -> torch.device:
         raise UserError("--device cuda: no GPU is visible to torch (use --device cpu)")
     if world.local_size > gpus:
         raise UserError(
-            f"--device {asked}: {world.local_size} ranks on this host, {gpus} GPUs (use --device cpu)"
+            f"--device {asked}: {world.local_size} ranks but {gpus} GPUs here (use --device cpu)"
         )
     device = torch.device("cuda", world.local_rank)
     torch.cuda.set_device(device)

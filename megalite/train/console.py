@@ -1,4 +1,6 @@
-"""What a run says on the screen: the layout first, one line a log interval, and what to do next at the end."""
+"""What a run says on the screen: the layout first, one line a log interval, and what to do next at
+the end.
+"""
 
 from __future__ import annotations
 
@@ -69,13 +71,15 @@ def header(
     optim = config.optim
     tokens = train.global_batch_size * model.seq_len
     facts = [
-        f"model  {count(num_parameters(model))} parameters: {model.num_layers} layers, d {model.hidden_size}, "
-        f"{model.num_heads} heads, seq {model.seq_len}, vocab {model.vocab_size}",
+        f"model  {count(num_parameters(model))} parameters: {model.num_layers} layers, "
+        f"d {model.hidden_size}, {model.num_heads} heads, seq {model.seq_len}, "
+        f"vocab {model.vocab_size}",
         f"data   {data}",
-        f"batch  {train.global_batch_size} samples = {tokens} tokens = DP{dp} x micro {train.micro_batch_size} "
-        f"x accum {config.num_microbatches(world_size)}",
+        f"batch  {train.global_batch_size} samples = {tokens} tokens = DP{dp} x "
+        f"micro {train.micro_batch_size} x accum {config.num_microbatches(world_size)}",
         f"order  {layout.schedule}, bubble {100 * bubble:.1f}% by simulation",
-        f"optim  {optim.optimizer}, ZeRO-{layout.zero}, {optim.lr_decay} from {optim.lr:.0e}, {train.train_steps} steps",
+        f"optim  {optim.optimizer}, ZeRO-{layout.zero}, {optim.lr_decay} from {optim.lr:.0e}, "
+        f"{train.train_steps} steps",
     ]
     plural = "s" if threads > 1 else ""
     lines = [
@@ -106,8 +110,9 @@ class Progress:
         left = (train.train_steps - step) * (now - self.started) / max(1, step - self.first)
         width = len(str(train.train_steps))
         return (
-            f"step {step:>{width}}/{train.train_steps} {100 * step // train.train_steps:3d}%  loss {loss:6.3f}  "
-            f"gnorm {norm:5.2f}  lr {lr:.1e}  {count(rate)} tok/s  {per_step:.2f} s/step  eta {duration(left)}"
+            f"step {step:>{width}}/{train.train_steps} {100 * step // train.train_steps:3d}%  "
+            f"loss {loss:6.3f}  gnorm {norm:5.2f}  lr {lr:.1e}  {count(rate)} tok/s  "
+            f"{per_step:.2f} s/step  eta {duration(left)}"
         )
 
 

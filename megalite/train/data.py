@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from megalite.core import comm
@@ -11,6 +10,7 @@ from megalite.core.errors import DataError, UserError
 from megalite.core.mesh import Mesh
 from megalite.data.indexed import IndexedDataset
 from megalite.data.loader import Synthetic, TokenSource, Windows
+from megalite.data.strict_json import parse_json
 from megalite.data.tokenizer import Tokenizer
 from megalite.train.console import count
 
@@ -35,23 +35,11 @@ def open_data(config: Config, prefix: str, mesh: Mesh) -> tuple[TokenSource, str
     """The windows of a dataset, and a few words on it. All ranks call it together."""
     model = config.model
     if prefix == "synthetic":
-        return Synthetic(
-            model.vocab_size, model.seq_len, config.train.seed
-        ), "synthetic Markov chain"
+        source = Synthetic(model.vocab_size, model.seq_len, config.train.seed)
+        return source, "synthetic Markov chain"
     dataset = IndexedDataset(prefix)
     _check_tokenizer(config, prefix)
-    wrong: DataError | None = None
-    if mesh.rank == 0:  # reading every token once is enough, and rank 0 is who prints
-        try:
-            dataset.check_ids(model.vocab_size)
-        except DataError as e:
-            wrong = e
-    if comm.any_true(wrong is not None, mesh.world):
-        raise (
-            wrong
-            if wrong is not None
-            else DataError(f"{prefix}: rank 0 found a token that does not fit")
-        )
+    _check_ids(dataset, model.vocab_size, mesh)
     windows = Windows(dataset.tokens, model.seq_len)
     if len(windows) == 0:
         raise DataError(
@@ -63,14 +51,28 @@ def open_data(config: Config, prefix: str, mesh: Mesh) -> tuple[TokenSource, str
     )
 
 
+def _check_ids(dataset: IndexedDataset, vocab_size: int, mesh: Mesh) -> None:
+    """Raise DataError, on every rank, if a token does not fit; rank 0 reads them all and prints the line."""
+    wrong = DataError(f"{dataset.bin_path}: rank 0 found a token that does not fit")
+    is_wrong = False
+    if mesh.rank == 0:
+        try:
+            dataset.check_ids(vocab_size)
+        except DataError as e:
+            wrong, is_wrong = e, True
+    if comm.any_true(is_wrong, mesh.world):
+        raise wrong
+
+
 def _check_tokenizer(config: Config, prefix: str) -> None:
     """Raise DataError if the data says that it was made with another tokenizer than the run's."""
     meta = Path(f"{prefix}.json")
     if not config.data.tokenizer or not meta.exists():
         return
-    claimed = json.loads(meta.read_text(encoding="utf-8")).get("tokenizer_sha256")
+    said = parse_json(meta.read_text(encoding="utf-8", errors="replace"), str(meta))
+    claimed = said.get("tokenizer_sha256") if isinstance(said, dict) else None
     ours = Tokenizer.load(config.data.tokenizer).sha256
-    if claimed is not None and claimed != ours:
+    if isinstance(claimed, str) and claimed != ours:
         raise DataError(
             f"{prefix}: made with tokenizer {claimed[:8]}, --tokenizer {config.data.tokenizer} is {ours[:8]} "
             "(preprocess the text again with this one)"

@@ -19,7 +19,7 @@ from megalite.train.build import Engine
 
 # s sequence, b micro batch, v vocabulary
 
-GZIP_LIMIT = 64 * 2**20
+GZIP_LIMIT = 4 * 2**20
 """Tokens beyond these are left out when the held-out text is compressed: gzip's ratio has settled by then."""
 
 
@@ -31,21 +31,22 @@ class HeldOut:
     bytes_of: np.ndarray | None
     """Bytes of each token id; None without a tokenizer."""
     gzip_bits_per_byte: float | None
+    """What gzip -9 makes of the same text; rank 0 alone needs it and has it."""
 
 
 def held_out(loader: Loader, tokenizer: Tokenizer | None) -> HeldOut:
     """Measure the held-out windows of `loader`."""
     if tokenizer is None:
         return HeldOut(loader, None, None)
-    sizes = [
-        0 if i in tokenizer.special.values() else len(b)
-        for i, b in enumerate(tokenizer.token_bytes)
-    ]
-    assert isinstance(loader.source, Windows)
     special = set(tokenizer.special.values())
+    pieces = enumerate(tokenizer.token_bytes)
+    sizes = np.array([0 if i in special else len(piece) for i, piece in pieces])
+    if loader.mesh.rank > 0:
+        return HeldOut(loader, sizes, None)
+    assert isinstance(loader.source, Windows)
     ids = [i for i in loader.source.tokens[1:GZIP_LIMIT].tolist() if i not in special]
     text = tokenizer.decode_bytes(ids)
-    return HeldOut(loader, np.array(sizes), 8 * len(gzip.compress(text, 9)) / max(1, len(text)))
+    return HeldOut(loader, sizes, 8 * len(gzip.compress(text, 9)) / max(1, len(text)))
 
 
 def evaluate(engine: Engine, data: HeldOut, samples: int) -> tuple[float, float | None]:

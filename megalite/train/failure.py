@@ -17,8 +17,17 @@ from pathlib import Path
 from types import FrameType
 
 from megalite.core.config import Config
-from megalite.core.errors import PeerFailed, RunError, UserError
+from megalite.core.errors import CheckpointError, PeerFailed, RunError, UserError
+from megalite.core.mesh import disconnect
 from megalite.core.world import World
+
+
+class Stopped(Exception):
+    """The run ended in order before its last step: every rank has saved and raises this together."""
+
+    def __init__(self, signal_number: int):
+        # A rank that was told to stop by the others ends as if by SIGTERM.
+        self.exit_code = 128 + (signal_number or signal.SIGTERM)
 
 
 @dataclass
@@ -48,20 +57,25 @@ def logs_of(config: Config) -> Path:
 @contextmanager
 def failures_told(config: Config, world: World) -> Iterator[None]:
     """Run the body; turn what it raises into one line, a traceback file and an exit code."""
+    place = place_of(config, world)
     try:
         yield
+    except Stopped as e:
+        disconnect()
+        sys.exit(e.exit_code)
     except PeerFailed:
         _write_traceback(config, world)
         sys.exit(RunError.exit_code)
-    except UserError as e:
-        if not isinstance(e, RunError):
-            raise  # alike on every rank: the front door prints it once
+    except (RunError, CheckpointError) as e:
         _write_traceback(config, world)
-        _tell(config, world, str(e))
+        # What is wrong with a checkpoint is wrong for every rank; that rank may be the only one to see it.
+        _tell(config, str(e) if isinstance(e, CheckpointError) else f"{place}: {e}")
         sys.exit(e.exit_code)
+    except UserError:
+        raise  # alike on every rank: the front door prints it once
     except Exception as e:
         path = _write_traceback(config, world)
-        _tell(config, world, f"{type(e).__name__}: {e} (traceback in {path})")
+        _tell(config, f"{place}: {type(e).__name__}: {e} (traceback in {path})")
         sys.exit(RunError.exit_code)
 
 
@@ -76,9 +90,9 @@ def _write_traceback(config: Config, world: World) -> Path:
     return path
 
 
-def _tell(config: Config, world: World, text: str) -> None:
+def _tell(config: Config, text: str) -> None:
     """Print the cause, unless another rank has."""
-    line = f"megalite: error: {place_of(config, world)}: {' '.join(text.split())}"
+    line = f"megalite: error: {' '.join(text.split())}"
     try:
         claim = os.open(logs_of(config) / "cause", os.O_CREAT | os.O_EXCL | os.O_WRONLY)
     except FileExistsError:

@@ -1,8 +1,9 @@
 """One train step, for every layout, and the loop around it.
 
-The loss is summed over unmasked tokens and divided by their number in the whole global batch. Backward starts
-from a constant, 1 / (samples x tokens of a step); the true count travels with the gradient norm, and the
-correction joins the clip factor. So nothing depends on micro-batch size, dp, or where padding falls.
+The loss is summed over unmasked tokens and divided by their number in the whole global batch.
+Backward starts from a constant, 1 / (samples x tokens of a step); the true count travels with the
+gradient norm, and the correction joins the clip factor. So nothing depends on micro-batch size, dp,
+or where padding falls.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ adds the same
 
 @dataclass(frozen=True)
 class Reduced:
-    """What one forward and backward over the global batch found; scalars, the same on every rank."""
+    """What one forward and backward over the global batch found: scalars, alike on every rank."""
 
     loss: Tensor
     """Mean over unmasked tokens."""
@@ -37,7 +38,7 @@ class Reduced:
 
 
 def forward_backward(engine: Engine, calls: Sequence[Call], *, stop: bool = False) -> Reduced:
-    """Run one step's microbatches; reduced gradients are then in the buckets. All ranks call it together."""
+    """Run one step's microbatches: reduced gradients are then in the buckets. All ranks call it."""
     train, model = engine.config.train, engine.config.model
     expected = train.global_batch_size * model.seq_len
     seed = torch.tensor(1.0 / expected, dtype=_wide(engine.dtype), device=engine.device)

@@ -1,7 +1,7 @@
 """`megalite pretrain`: the loop around train_step, with everything a run reads, writes and says.
 
-Every rank walks the same lines; what differs is who prints and writes (rank 0) and who owns which numbers.
-Next: build.py for what a run is made of, loop.py for one step.
+Every rank walks the same lines; what differs is who prints and writes (rank 0) and who owns which
+numbers. Next: build.py for what a run is made of, loop.py for one step.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ SAMPLE_TOKENS = 40
 def pretrain(config: Config, world: World) -> None:
     """Train as `config` says; all ranks of `world` call it together.
 
-    A rank that fails writes its traceback to logs/rank-N.log and prints one line; the others end silently.
+    A rank that fails writes its traceback to logs/rank-N.log and prints one line; the others end
+    silently.
     """
     with failures_told(config, world):
         Run(config, world).train()
@@ -236,10 +237,13 @@ class Run:
         return 0, 0, 0
 
     def _prepare_out(self) -> None:
-        """Make the run directory. Raises UserError if it holds a run that this one is not told to go on with."""
+        """Make the run directory. Raises UserError if it holds a run that this one is not told to
+        go on with.
+        """
         if not self.config.train.resume and mf.step_dirs(self.out / "checkpoints"):
             raise UserError(
-                f"--out {self.out}: holds checkpoints of a run (use --resume to go on with it, or another --out)"
+                f"--out {self.out}: holds checkpoints of a run (use --resume to go on with it, or "
+                "another --out)"
             )
         comm.barrier(self.mesh.world)
         if self._is_first:
@@ -275,7 +279,7 @@ class Run:
             signal.Signals(self.stop.signal_number).name if self.stop.signal_number else "a signal"
         )
         self._say(
-            f"stopped by {name} after step {self.step}; checkpoint of step {saved} is in {self.out}/checkpoints",
+            f"stopped by {name} after step {self.step}; step {saved} is in {self.out}/checkpoints",
             f"next   the same command with --resume goes on to step {train.train_steps}",
         )
         if self.metrics is not None:
@@ -284,19 +288,23 @@ class Run:
     def _finish(self, seconds: float) -> None:
         if self.last_eval is None or self.step % max(1, self.config.train.eval_interval):
             self._evaluate(last=True)
+        train = self.config.train
         if self.metrics is None:
             return
         self.metrics.close()
         draw_loss(self.out)
         gigabytes = peak_memory_gb(self.device)
         self._say(
-            f"done   {self.step} steps, {console.count(self.tokens)} tokens in {console.duration(seconds)} | "
-            f"peak {1024 * gigabytes:.0f} MB/rank | {self.out}/loss.png, {self.out}/schedule.svg"
+            f"done   {self.step} steps, {console.count(self.tokens)} tokens in "
+            f"{console.duration(seconds)} | peak {1024 * gigabytes:.0f} MB/rank | "
+            f"{self.out}/loss.png, {self.out}/schedule.svg"
         )
         words = ["next  "]
         if self.tokenizer is not None:
             words.append(
-                f'{console.command("megalite", "generate", str(self.out))} "{self.config.train.sample_prompt}read"'
+                console.command(
+                    "megalite", "generate", str(self.out), f'"{train.sample_prompt}read"'
+                )
             )
             words.append("|")
         self._say(" ".join([*words, console.command("tensorboard", "--logdir", f"{self.out}/tb")]))

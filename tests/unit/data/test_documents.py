@@ -87,7 +87,7 @@ def file(name: str, data: bytes) -> Callable[[], object]:
 
 BAD: dict[str, tuple[str, Callable[[], object], str]] = {
     "missing": ("x.txt", lambda: None, "x.txt: no such file or directory"),
-    "empty name": ("", lambda: None, "--input is empty (name a file)"),
+    "empty name": ("", lambda: None, "--input is empty (name a file or directory)"),
     "other suffix": (
         "x.csv",
         file("x.csv", b"a,b"),
@@ -136,7 +136,7 @@ BAD: dict[str, tuple[str, Callable[[], object], str]] = {
     "NUL in txt": (
         "x.txt",
         file("x.txt", "one\ntwo".encode("utf-16-le")),
-        "x.txt:1: byte 0x00 at offset 1: not plain text (UTF-16, or binary?)",
+        "x.txt:1: byte 0x00 at offset 1 is not text (UTF-16, or binary?)",
     ),
     "txt not UTF-8": (
         "x.txt",
@@ -166,22 +166,22 @@ BAD: dict[str, tuple[str, Callable[[], object], str]] = {
     "NaN": (
         "x.jsonl",
         jsonl(b'{"text": "a", "score": NaN}'),
-        "x.jsonl:2: not JSON we read: NaN is not a number",
+        "x.jsonl:2: bad JSON: NaN is not a number",
     ),
     "field twice": (
         "x.jsonl",
         jsonl(b'{"text": "a", "text": "b"}'),
-        'x.jsonl:2: not JSON we read: "text" stands twice in one object',
+        'x.jsonl:2: bad JSON: "text" stands twice in one object',
     ),
     "deep": (
         "x.jsonl",
         jsonl(b"[" * 200_000),
-        "x.jsonl:2: not JSON we read: nested too deep, or a number too long",
+        "x.jsonl:2: bad JSON: nested too deep, or a number too long",
     ),
     "long number": (
         "x.jsonl",
         jsonl(b'{"text": ' + b"9" * 5000 + b"}"),
-        "x.jsonl:2: not JSON we read: nested too deep, or a number too long",
+        "x.jsonl:2: bad JSON: nested too deep, or a number too long",
     ),
     "a list": (
         "x.jsonl",

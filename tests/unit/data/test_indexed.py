@@ -3,6 +3,7 @@
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -129,6 +130,37 @@ def test_full_disk_is_a_line_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_old_index_is_gone_before_the_new_tokens_come(
+    golden: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("megalite.data.indexed.os.replace", die)
+    with pytest.raises(KeyboardInterrupt), IndexedWriter(golden, vocab_size=100) as writer:
+        writer.add_document([9])
+    assert [file.name for file in Path().iterdir()] == ["x.bin"]
+
+
+def test_disk_that_fills_up_is_a_line_and_leaves_nothing(tmp_path: Path) -> None:
+    class Full:
+        def __init__(self, file: IO[bytes]):
+            self.file = file
+
+        def write(self, data: bytes) -> None:
+            raise OSError(28, "No space left on device")
+
+        def close(self) -> None:
+            self.file.close()
+            raise OSError(28, "No space left on device")
+
+    refusal = pytest.raises(RunError, match="x.bin: cannot be written .No space left on device")
+    with refusal, IndexedWriter(tmp_path / "x", vocab_size=100) as writer:
+        writer._bin = Full(writer._bin)
+        writer.add_document([9])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_check_ids_names_the_first_wrong_token(
     golden: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,6 +237,10 @@ DAMAGES: dict[str, tuple[Callable[[], object], str]] = {
     "truncated": (
         index(GOLDEN_IDX[:-1]),
         "x.idx: 2 sequences and 2 documents need 82 bytes but it has 81 (truncated copy?)",
+    ),
+    "longer": (
+        index(GOLDEN_IDX + bytes(3)),
+        "x.idx: 2 sequences and 2 documents need 82 bytes but it has 85 (damaged?)",
     ),
     "absurd count": (
         put(18, struct.pack("<Q", 1 << 60)),

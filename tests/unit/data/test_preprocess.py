@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,26 @@ def test_bad_input_leaves_the_old_output() -> None:
     with pytest.raises(DataError, match='^x.jsonl:1: no field "body"'):
         run(json_key="body")
     assert {path: path.read_bytes() for path in Path("out").iterdir()} == before
+
+
+def test_failed_writer_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[int] = []
+    fork = os.fork
+
+    def record() -> int:
+        started.append(fork())
+        return started[-1]
+
+    def fail(*args: object) -> None:
+        raise DataError("full")
+
+    monkeypatch.setattr("megalite.data.workers.os.fork", record)
+    monkeypatch.setattr("megalite.data.preprocess.IndexedWriter.add_document", fail)
+    with pytest.raises(DataError, match="full"):
+        run(workers=2)
+    assert len(started) == 1
+    with pytest.raises(ProcessLookupError):
+        os.kill(started[0], 0)
 
 
 @pytest.mark.parametrize(

@@ -271,15 +271,15 @@ BAD_BYTES = {
     ),
     "list": (b"[]", ": model: not found (is this a tokenizer.json?)"),
     "not UTF-8": (b'{"a": "\xff"}', ": byte 0xff at offset 7 is not UTF-8"),
-    "key twice": (b'{"a": 1, "a": 2}', ': not JSON we read: "a" stands twice in one object'),
-    "NaN": (b'{"a": NaN}', ": not JSON we read: NaN is not a number"),
+    "key twice": (b'{"a": 1, "a": 2}', ': bad JSON: "a" stands twice in one object'),
+    "NaN": (b'{"a": NaN}', ": bad JSON: NaN is not a number"),
     "deep": (
         b"[" * 100_000,
-        ": not JSON we read: nested too deep, or a number too long",
+        ": bad JSON: nested too deep, or a number too long",
     ),
     "long number": (
         b"[" + b"7" * 5000 + b"]",
-        ": not JSON we read: nested too deep, or a number too long",
+        ": bad JSON: nested too deep, or a number too long",
     ),
 }
 
