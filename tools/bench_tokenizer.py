@@ -24,7 +24,7 @@ from megalite.data.documents import find_inputs, read_documents
 from megalite.data.tokenizer import Tokenizer
 
 VOCAB_SIZE = 2048
-HOSTILE_BYTES = 2_000_000
+HOSTILE_BYTES = 1_000_000
 
 
 def main() -> None:

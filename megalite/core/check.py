@@ -311,6 +311,15 @@ def check_precision(precision: str, device: str) -> None:
     """
     if precision == "fp16" and device == "cpu":
         raise UserError("--precision fp16: not on --device cpu (use bf16 or fp32)")
+    if precision == "fp16" and device == "cuda":
+        raise UserError("--precision fp16: its loss scaling is not there yet (use bf16)")
+
+
+def check_backend(backend: str) -> None:
+    """Raise UserError for a backend of the operators that is not there."""
+    if backend in ("fused", "apex"):
+        what = "is not there yet" if backend == "fused" else "is not used yet"
+        raise UserError(f"--ops-backend {backend}: {what} (use --ops-backend torch)")
 
 
 def check_paths(config: Config) -> None:

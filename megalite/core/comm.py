@@ -28,7 +28,7 @@ _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.re
 
 
 class Pending:
-    """A collective under way. `wait()` gives its result once it has ended; a second call is free."""
+    """A collective under way. `wait()` gives its result when it has ended; again is free."""
 
     def __init__(
         self, work: dist.Work | None, entry: Collective | None, finish: Callable[[], Tensor]

@@ -109,7 +109,7 @@ class Mesh:
         return self._rank_of({**self.coords, "pp": pp_idx})
 
     def new_group(self, ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
-        """A process group of its own for `ranks`; every rank of the world calls this, in one order."""
+        """A process group of its own for `ranks`; every rank calls this, in one order."""
         if self.kind != "real":
             return None
         return dist.new_group(list(ranks), timeout=self._timeout)

@@ -149,7 +149,7 @@ def box_shape(box: Box) -> tuple[int, ...]:
 
 
 def flat_boxes(shape: tuple[int, ...], start: int, stop: int) -> list[Box]:
-    """The flat range [start, stop) of a row-major tensor as at most 2 * ndim - 1 boxes, in order."""
+    """The flat range [start, stop) of a row-major tensor as at most 2 ndim - 1 boxes, in order."""
     if start >= stop:
         return []
     if len(shape) == 1:

@@ -110,7 +110,7 @@ class _Learner:
                 continue
             if count < 2:
                 break
-            # No token is made twice: a merge joins its pair everywhere, so equal bytes are cut alike.
+            # New bytes every time: a merge joins its pair everywhere, so equal bytes are cut alike.
             made = len(self.tokens)
             self.tokens.append(self.tokens[pair[0]] + self.tokens[pair[1]])
             merges.append((*pair, made))

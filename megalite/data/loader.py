@@ -22,6 +22,9 @@ from megalite.core.mesh import Mesh
 
 # s sequence, b micro batch
 
+ROUNDS = 6
+"""Of the permutation; at 4 a range of a few hundred is still a little ordered."""
+
 
 class TokenSource(Protocol):
     """Something that gives training windows by number."""
@@ -139,17 +142,20 @@ class Loader:
 
 
 def permuted(idx: int, n: int, key: int) -> int:
-    """Place `idx` of a keyed permutation of range(n): a four-round Feistel network, walked until inside n.
+    """Place `idx` of a keyed permutation of range(n): a Feistel network, walked until inside n.
 
     Black and Rogaway 2002, "Ciphers with arbitrary finite domains".
     """
+    # Each round needs a function of its own: with keys that differ in a bit or two, some orders of a
+    # small range come out unshuffled.
+    keys = [_scramble(key + turn) for turn in range(ROUNDS)]
     half = max(1, (max(1, n - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
     at = idx
     while True:
         left, right = at >> half, at & mask
-        for turn in range(4):
-            left, right = right, left ^ (_scramble(right ^ (key + turn)) & mask)
+        for each in keys:
+            left, right = right, left ^ (_scramble(right ^ each) & mask)
         at = (left << half) | right
         if at < n:
             return at

@@ -22,7 +22,6 @@ from megalite.core.mesh import Axis
 from megalite.core.params import (
     add_weight_grad,
     constant,
-    gaussian,
     grad_of,
     landed,
     new_param,
@@ -125,7 +124,7 @@ class ColumnLinear(nn.Module):
         tp: Axis,
         *,
         bias: bool,
-        init: Callable[[int, Tensor], Tensor] = gaussian(0.02),
+        init: Callable[[int, Tensor], Tensor],
     ):
         super().__init__()
         self.tp = tp
@@ -141,7 +140,10 @@ class ColumnLinear(nn.Module):
 
 
 class RowLinear(nn.Module):
-    """A linear whose inputs are cut over tp; `row_sum`: axes its bias's gradient is partial over."""
+    """A linear whose inputs are cut over tp.
+
+    `row_sum` names the axes over which the gradient of its bias stays partial.
+    """
 
     def __init__(
         self,
@@ -151,7 +153,7 @@ class RowLinear(nn.Module):
         *,
         bias: bool,
         row_sum: tuple[str, ...] = (),
-        init: Callable[[int, Tensor], Tensor] = gaussian(0.02),
+        init: Callable[[int, Tensor], Tensor],
     ):
         super().__init__()
         self.tp = tp

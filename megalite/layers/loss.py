@@ -29,14 +29,14 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         weights, total, column, here, counted = ctx.saved_tensors
-        scale = grad * counted.to(weights.dtype)
+        scale = grad * counted.to(total.dtype)
         return ops.gradient_(weights, total, column, here, scale), None, None, None
 
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor, vocab_size: int, tp: Axis) -> Tensor:
     """Sum of -log p(label) over the tokens whose label is not negative.
 
-    The same number on every tp rank, in at least float32.     `logits` [t, v/tp] is overwritten,
+    The same number on every tp rank, in at least float32. `logits` [t, v/tp] is overwritten,
     forward and backward; backward may run once. `labels` [t].
     """
     return _CrossEntropy.apply(logits, labels, vocab_size, tp)

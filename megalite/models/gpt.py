@@ -104,9 +104,8 @@ class GPT(nn.Module):
         self.key = rng.key(seed, "dropout", "embedding")
 
     def forward(self, x: Tensor | None, call: Call) -> Tensor:
-        """[r, b, h] (tokens on the first stage) -> [r, b, h], the loss sum or logits [s, b, v/tp]."""
-        # Otherwise the norms' gradients would be summed over tp though whole, or not though
-        # partial.
+        """[r, b, h] (the first takes tokens) -> [r, b, h], the loss sum, or logits [s, b, v/tp]."""
+        # A norm's gradient is summed over tp if, and only if, its rows were cut.
         assert not torch.is_grad_enabled() or self.rows_cut == (call.seq_cut is not None)
         if self.first:
             x = self.embedding(call)

@@ -1,8 +1,8 @@
-"""Cross entropy in pieces, for a vocabulary that is cut over ranks: no rank ever sees all the logits.
+"""Cross entropy in pieces, for a vocabulary cut over ranks: no rank ever sees all the logits.
 
-The three steps have a collective between them, which layers/loss.py adds: `peak` and then a max,
-`partials` and then a sum, and `loss_and_weights`; `gradient_` is their backward. All work in the
-logits' own storage.
+Between the pieces stand the collectives of layers/loss.py: `peak`, then a max; `partials`, then a
+sum. `gradient_` is the backward. All of them work in the logits' own storage; what is added up over
+the vocabulary is at least float32: a sum of thousands of numbers is worth little in bfloat16.
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ def peak(logits: Tensor) -> Tensor:
 
 
 def partials(logits: Tensor, top: Tensor, column: Tensor, here: Tensor) -> Tensor:
-    """[2, t]: this rank's sum of exp(logit - top), and its label's logit - top (0 where the label is elsewhere).
+    """[2, t]: this rank's sum of exp(logit - top), and its label's logit - top, else 0.
 
-    Overwrites `logits` with exp(logit - top). `column` [t] is the label's place on this rank where
-    `here` [t].
+    Overwrites `logits` [t, v] with exp(logit - top). `column` [t] is the label's place on this rank
+    where `here` [t] is true.
     """
-    logits.sub_(top[:, None])
-    picked = logits.gather(1, column[:, None]).squeeze(1).masked_fill_(~here, 0.0)
-    logits.exp_()
-    return torch.stack((logits.sum(-1), picked))
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    picked = logits.gather(1, column[:, None]).squeeze(1).to(wide).sub_(top)
+    logits.sub_(top[:, None]).exp_()
+    return torch.stack((logits.sum(-1, dtype=wide), picked.masked_fill_(~here, 0.0)))
 
 
 def gradient_(
     weights: Tensor, total: Tensor, column: Tensor, here: Tensor, scale: Tensor
 ) -> Tensor:
-    """Turn exp(logit - top) [t, v] into scale * (softmax - one-hot), in place; `scale` [t] is the loss's gradient."""
+    """Turn exp(logit - top) [t, v] into scale * (softmax - one-hot), in place.
+
+    `total` [t] is the sum over all ranks, `scale` [t] the gradient of each token's loss.
+    """
     weights.mul_((scale / total)[:, None])
-    weights.scatter_add_(
-        1, column[:, None], torch.where(here, -scale, torch.zeros_like(scale))[:, None]
-    )
-    return weights
+    at_label = torch.where(here, -scale, torch.zeros_like(scale)).to(weights.dtype)
+    return weights.scatter_add_(1, column[:, None], at_label[:, None])

@@ -54,7 +54,7 @@ class Optimizer:
         self.zero.gather_params()
 
     def sum_of_squares(self) -> Tensor:
-        """Of the reduced gradients that this rank counts; over the world, the squared norm. float64."""
+        """Of the reduced gradients this rank counts, in float64: over all ranks, norm squared."""
         total = torch.zeros((), dtype=torch.float64, device=self.zero.buckets[0].grads.device)
         for bucket, spans in zip(self.zero.buckets, self._owned, strict=True):
             for lo, hi in spans:

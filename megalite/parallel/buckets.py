@@ -85,7 +85,7 @@ class FlatBox(NamedTuple):
 
 @dataclass(frozen=True)
 class FlatLayout:
-    """A bucket's flat tensors: `size` elements, an equal range for each of `ways` ranks to look after."""
+    """A bucket's flat tensors: `size` elements, an equal range for each of `ways` ranks."""
 
     key: Key
     slots: tuple[Slot, ...]
@@ -128,7 +128,7 @@ class FlatLayout:
                 at = end
 
     def partial_spans(self, axes: Mapping[str, Axis]) -> list[tuple[str, Span]]:
-        """Ranges whose gradient a backward leaves partial over another axis, adjacent ones merged."""
+        """Ranges whose gradient a backward leaves partial over an axis, adjacent ones merged."""
         found: list[tuple[str, Span]] = []
         for slot in self.slots:
             for piece in slot.shard.pieces(axes):
@@ -144,7 +144,7 @@ class FlatLayout:
 
 
 class Bucket:
-    """The flat tensors of one layout, whose views the parameters and their gradients have become."""
+    """The flat tensors of one layout; parameters and their gradients have become views of them."""
 
     def __init__(self, layout: FlatLayout, params: list[nn.Parameter], device: torch.device):
         self.layout = layout
@@ -170,7 +170,7 @@ def plan(
     """
     seen: set[int] = set()
     groups: dict[Key, list[tuple[str, nn.Parameter]]] = {}
-    for number, stage in sorted(stages.items(), reverse=True):
+    for _, stage in sorted(stages.items(), reverse=True):
         for name, param in reversed(list(named_parameters(stage))):
             if id(param) in seen:
                 continue

@@ -8,9 +8,10 @@ schedule/action.py for what an action is, buckets.py for what R reduces.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megalite.core.call import Call
 from megalite.core.mesh import Mesh
@@ -20,17 +21,29 @@ from megalite.schedule.action import Action, Message, Op, Schedule, forward_only
 # r rows of the residual stream on this rank, b micro batch, h hidden
 
 
-class Pipeline:
-    """Runs the stages that live here. `schedule_for(n)` orders n microbatches; R calls `reduce(stage)`.
+class Stage(Protocol):
+    """What the engine asks of a stage: models/gpt.py has ours."""
 
-    A stage is a module called with (input or None, Call); it has `boundary_shape(call)`, and the
-    last one gives the summed loss (or logits, where the call has no labels).
+    def __call__(self, x: Tensor | None, call: Call, /) -> Tensor:
+        """[r, b, h], or None on the first stage -> [r, b, h].
+
+        The last stage gives the summed loss, or logits where the call has no labels.
+        """
+
+    def boundary_shape(self, call: Call, /) -> tuple[int, ...]:
+        """Shape of what enters this stage, and of what leaves it unless it is the last."""
+
+
+class Pipeline:
+    """Runs the stages that live here.
+
+    `schedule_for(n)` orders n microbatches; R calls `reduce(stage)`.
     """
 
     def __init__(
         self,
         schedule_for: Callable[[int], Schedule],
-        stages: Mapping[int, nn.Module],
+        stages: Mapping[int, Stage],
         mesh: Mesh,
         *,
         dtype: torch.dtype,

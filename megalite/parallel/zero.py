@@ -1,4 +1,4 @@
-"""ZeRO as one policy over flat buckets: which of optimizer state, gradients and parameters live sharded.
+"""ZeRO as one policy over flat buckets: which of optimizer state, gradients, parameters is cut.
 
 Stage 0 shards nothing, 1 the optimizer state. Rajbhandari et al. 2020 (arXiv 1910.02054). A
 bucket's reduction starts when the last contribution to it has landed in the last backward of a
@@ -59,7 +59,7 @@ class Zero:
                 self._start(number)
 
     def finish(self) -> None:
-        """Wait for all reductions; then `grads_of` has sums over all microbatches and data ranks."""
+        """Wait for all reductions: `grads_of` then has sums over microbatches and data ranks."""
         tying = []
         for number, bucket in enumerate(self.buckets):
             if bucket.layout.key.tied:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from megalite.core import mesh as mesh_module
+from megalite.core.check import check_backend, check_precision
 from megalite.core.config import Config
 from megalite.core.errors import UserError
 from megalite.core.mesh import Mesh
@@ -93,8 +94,9 @@ def pick_device(config: Config, world: World) -> torch.device:
 
 
 def pick_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """The dtype of weights and matmuls."""
+    """The dtype of weights and matmuls. Raises UserError for one the device cannot train in."""
     asked = config.train.precision
+    check_precision(asked, device.type)
     if asked == "auto":
         asked = "fp32" if device.type == "cpu" else "bf16"
     return DTYPES[asked]
@@ -137,6 +139,7 @@ def build_engine(
     attention: Callable[..., nn.Module] = Attention,
 ) -> Engine:
     """This rank's stages with initial weights, and what trains them. All ranks call it together."""
+    check_backend(config.train.ops_backend)
     make = schedule_maker(config)
     layout = config.layout
     with _default_dtype(dtype):

@@ -1,0 +1,161 @@
+"""What the ranks of the checkpoint tests do: train, save, load, and say what numbers they hold.
+
+A number is compared as the hash of its bytes, so equal means equal in every bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+
+from megalite.checkpoint import manifest as mf
+from megalite.checkpoint import save as save_module
+from megalite.checkpoint.load import Reader, load_optimizer, load_weights
+from megalite.checkpoint.save import save
+from megalite.core.config import Config
+from megalite.core.errors import PeerFailed, RunError
+from megalite.core.params import named_parameters, traits_of
+from megalite.core.shard import slices
+from megalite.data.loader import Loader, Synthetic
+from megalite.generate.engine import generate, logits_of
+from megalite.generate.sample import Sampling
+from megalite.optim.lr import learning_rate
+from megalite.train.build import Engine
+from megalite.train.evaluate import pipeline_logits
+from megalite.train.loop import train_step
+from tests.ranks.jobs import engine_of
+
+TOTAL_STEPS = 20
+
+
+def facts(config: Config, step: int, samples: int) -> mf.Manifest:
+    """What a manifest of this run says beside the numbers."""
+    tree = json.loads(json.dumps(config.to_dict()))
+    tokens = samples * config.model.seq_len
+    return mf.Manifest(step, samples, tokens, optimizer_steps=step, config=tree, made_with={})
+
+
+def advance(engine: Engine, samples: int, steps: int) -> tuple[int, list[str]]:
+    """Train from the sample counter on; gives the counter after it and each loss, exactly."""
+    config, mesh = engine.config, engine.mesh
+    loader = Loader(
+        Synthetic(config.model.vocab_size, config.model.seq_len, config.train.seed, length=50),
+        mesh,
+        seed=config.train.seed,
+        micro_batch_size=config.train.micro_batch_size,
+        num_microbatches=config.num_microbatches(mesh.world_size),
+        device=engine.device,
+        sequence_parallel=config.layout.sequence_parallel,
+    )
+    losses = []
+    for _ in range(steps):
+        batch = config.train.global_batch_size
+        done = samples // batch + 1
+        lr = learning_rate(config.optim, done=done, warmup=3, total=TOTAL_STEPS)
+        losses.append(train_step(engine, loader.step(samples), lr=lr).loss.item().hex())
+        samples += batch
+    return samples, losses
+
+
+def state_of(engine: Engine) -> str:
+    """A hash of all that this rank holds: parameters, optimizer state and its step."""
+    digest = hashlib.sha256(str(engine.optimizer.step_count).encode())
+    for idx, bucket in enumerate(engine.zero.buckets):
+        for name, flat in {"params": bucket.params, **engine.optimizer.numbers(idx)}.items():
+            digest.update(name.encode() + flat.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def train_through(rank: int, world: int, config: dict, out: str) -> dict:
+    """Train 10 steps, save, and train 10 more without a stop."""
+    engine = engine_of(Config.from_dict(config), rank, world, "float32")
+    samples, first = advance(engine, 0, 10)
+    save(Path(out), engine.optimizer, engine.mesh, facts(engine.config, 10, samples))
+    at_10 = state_of(engine)
+    samples, second = advance(engine, samples, 10)
+    return {"losses": first + second, "at_10": at_10, "at_20": state_of(engine)}
+
+
+def resume(rank: int, world: int, config: dict, run: str) -> dict:
+    """Go on from the newest checkpoint, in processes that know nothing of the run before."""
+    engine = engine_of(Config.from_dict(config), rank, world, "float32")
+    fresh = state_of(engine)
+    directory, manifest, _ = mf.newest(Path(run))
+    load_optimizer(Reader(directory, manifest), engine.optimizer)
+    at_10 = state_of(engine)
+    _, losses = advance(engine, manifest.samples, 10)
+    return {"losses": losses, "fresh": fresh, "at_10": at_10, "at_20": state_of(engine)}
+
+
+def train_and_save(rank: int, world: int, config: dict, out: str) -> None:
+    """Train 2 steps, so that weights and optimizer state have numbers of their own, and save."""
+    engine = engine_of(Config.from_dict(config), rank, world, "float32")
+    samples, _ = advance(engine, 0, 2)
+    save(Path(out), engine.optimizer, engine.mesh, facts(engine.config, 2, samples))
+
+
+def load_elsewhere(rank: int, world: int, config: dict, run: str, weights_only: bool) -> list:
+    """Load another layout's checkpoint; gives the name, box and numbers of all that this rank holds."""
+    engine = engine_of(Config.from_dict(config), rank, world, "float32")
+    for bucket in engine.zero.buckets:
+        bucket.params.fill_(7.0)  # a number that is not loaded shows
+    directory, manifest, _ = mf.newest(Path(run))
+    reader = Reader(directory, manifest)
+    if weights_only:
+        for stage in engine.stages.values():
+            load_weights(reader, dict(named_parameters(stage)))
+    else:
+        load_optimizer(reader, engine.optimizer)
+    found = []
+    for stage in engine.stages.values():
+        for name, param in named_parameters(stage):
+            traits = traits_of(param)
+            for piece in traits.shard.pieces(traits.axes):
+                numbers = param.detach()[slices(piece.local)].tolist()
+                found.append((name, piece.whole, numbers))
+    return found
+
+
+def save_and_fail(rank: int, world: int, config: dict, out: str, who: int, how: str) -> dict:
+    """Save step 1 well; then the disk of rank `who` is full while step 2 is saved."""
+    engine = engine_of(Config.from_dict(config), rank, world, "float32")
+    root = Path(out) / "checkpoints"
+    save(root, engine.optimizer, engine.mesh, facts(engine.config, 1, 0))
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    if rank == who:
+        setattr(save_module, how, full)
+    try:
+        save(root, engine.optimizer, engine.mesh, facts(engine.config, 2, 0))
+    except RunError as e:
+        directory, _, passed_over = mf.newest(Path(out))
+        return {
+            "silent": isinstance(e, PeerFailed),
+            "text": str(e),
+            "newest": directory.name,
+            "passed_over": passed_over,
+        }
+    raise AssertionError("a full disk went unnoticed")
+
+
+def greedy(rank: int, world: int, config: dict) -> list[list[int]]:
+    """What the initial model says to three prompts; one process asks the plain model."""
+    engine = engine_of(Config.from_dict(config), rank, world, "float32")
+    if world == 1:
+        next_logits = logits_of(engine.stages[0])
+    else:
+        next_logits = pipeline_logits(engine)
+    prompts = [[3], [5, 1, 4, 1], list(range(20))]
+    return generate(
+        next_logits,
+        prompts,
+        Sampling(temperature=0.0),
+        max_tokens=12,
+        seq_len=engine.config.model.seq_len,
+        device=torch.device("cpu"),
+    )

@@ -1,0 +1,26 @@
+"""The pipeline engine on schedules written by hand, a fork's plain layer, and freed outputs."""
+
+import pytest
+
+JOBS = "tests.ranks.engine_jobs:"
+OUTPUT_BYTES = 6 * 2 * 12 * 8
+"""[s, b, h] in float64."""
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_backward_split_into_i_and_w_gives_the_gradients_of_1f1b(world, run_ranks):
+    run_ranks(JOBS + "check_split_backward", world)
+
+
+def test_fork_with_plain_linears_trains_to_the_same_numbers(run_ranks):
+    run_ranks(JOBS + "check_plain_layer", 2)
+
+
+def test_storage_of_a_sent_output_is_freed(run_ranks):
+    first, _ = run_ranks(JOBS + "output_bytes", 2, ends_in_tanh=False)
+    assert first == [0, 0, 0]
+
+
+def test_stage_that_ends_in_tanh_keeps_its_output_and_its_gradients(run_ranks):
+    first, _ = run_ranks(JOBS + "output_bytes", 2, ends_in_tanh=True)
+    assert first == [OUTPUT_BYTES] * 3

@@ -1,0 +1,260 @@
+"""Whole runs of `megalite pretrain`: how they end, what they leave, and what they say when they fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megalite import __main__ as front
+from megalite.checkpoint import manifest as mf
+from megalite.core.config import Config, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
+from tests.unit.data.samples import make_text, make_tokenizer
+
+JOBS = "tests.ranks.pretrain_jobs"
+LAUNCH = Path(__file__).resolve().parents[2] / "examples" / "launch.sh"
+VOCAB = 600
+STEP_KEYS = (
+    "step tokens samples loss lr grad_norm step_ms tokens_per_s tflops_per_rank mfu peak_mem_gb "
+    "loss_scale skipped"
+).split()
+EVALUATION_KEYS = "step val_loss val_bits_per_byte gzip_bits_per_byte".split()
+TINY = (
+    f"--num-layers 2 --hidden-size 16 --num-heads 2 --vocab-size {VOCAB} --seq-len 16 "
+    "--micro-batch-size 1 --global-batch-size 2 --device cpu --log-interval 1 --eval-samples 2"
+)
+
+
+def config_of(out: Path, layout: dict | None = None, lr: float = 1e-3, **train) -> Config:
+    model = ModelConfig(num_layers=2, hidden_size=16, num_heads=2, vocab_size=61, seq_len=8)
+    sizes = {"micro_batch_size": 1, "global_batch_size": 2, "device": "cpu", "train_steps": 4}
+    return Config(
+        model=model,
+        layout=LayoutConfig(**(layout or {})),
+        optim=OptimConfig(lr=lr),
+        train=TrainConfig(out=str(out), **{**sizes, "log_interval": 1, **train}),
+    )
+
+
+@pytest.fixture
+def train(run_ranks):
+    """Runs a Config on as many ranks as it needs; gives each rank's code and words."""
+
+    def run(config: Config, world: int = 1, **kwargs):
+        return run_ranks(f"{JOBS}:train", world, config=config.to_dict(), **kwargs)
+
+    return run
+
+
+@pytest.fixture
+def prepared(tmp_path, monkeypatch):
+    """A directory with train and valid data of a tokenizer; pytest gets its signals back."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    make_tokenizer(VOCAB).save("tokenizer.json")
+    for name, seed in (("train", 1), ("valid", 2)):
+        Path(f"{name}.txt").write_text(make_text(seed, 30), encoding="utf-8")
+        words = f"preprocess --input {name}.txt --tokenizer tokenizer.json --out {name} --workers 1"
+        assert front.main(words.split()) == 0
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    yield tmp_path
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def launch(words: str, ranks: int = 2, **kwargs) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
+    return subprocess.Popen(
+        [str(LAUNCH), str(ranks), *shlex.split(words)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        **kwargs,
+    )
+
+
+def lines_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_launched_run_ends_well_and_its_next_command_works(prepared, capfd):
+    words = f"pretrain --out run --data train --valid-data valid --tp 2 --train-steps 4 {TINY}"
+    process = launch(f"{words} --eval-interval 2 --save-interval 2")
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, "")
+    run = prepared / "run"
+    lines = lines_of(run)
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    assert all(list(line) == STEP_KEYS for line in steps)
+    assert [line["tokens"] for line in steps] == [32, 64, 96, 128]
+    evaluations = [line for line in lines if "loss" not in line]
+    assert [line["step"] for line in evaluations] == [2, 4]
+    assert all(list(line) == EVALUATION_KEYS for line in evaluations)
+    assert list((run / "tb").glob("events.*"))
+    assert [d.name for d in mf.step_dirs(run / "checkpoints")] == ["step-00000004", "step-00000002"]
+    assert not (run / "logs" / "cause").exists()
+    last = out.splitlines()[-1]
+    found = re.fullmatch(r"next +(\S*megalite generate .*) \| (\S*tensorboard --logdir .*)", last)
+    assert found, last
+    _, *argv = shlex.split(found[1])
+    capfd.readouterr()
+    assert front.main(argv) == 0
+    assert capfd.readouterr().out.startswith(argv[-1])
+    assert Path(shlex.split(found[2])[-1]).is_dir()
+
+
+def processes_with(text: str) -> list[str]:
+    listed = subprocess.run(["ps", "-A", "-o", "args="], capture_output=True, text=True, check=True)
+    return [line for line in listed.stdout.splitlines() if text in line]
+
+
+def test_interrupt_saves_says_how_to_go_on_and_leaves_no_process(tmp_path):
+    out = tmp_path / "interrupted-run"
+    process = launch(f"pretrain --out {out} --dp 2 --train-steps 1000000 {TINY}")
+    try:
+        metrics = out / "metrics.jsonl"
+        deadline = time.monotonic() + 90
+        while not metrics.exists() or metrics.read_text().count("\n") < 3:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        said, err = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert (process.returncode, err) == (130, "")
+    steps = lines_of(out)[-1]["step"]
+    stopped, following = said.splitlines()[-2:]
+    assert stopped.startswith(f"stopped by SIGINT after step {steps}; ")
+    assert stopped.endswith(f"step {steps} is in {out}/checkpoints")
+    assert following == "next   the same command with --resume goes on to step 1000000"
+    assert mf.newest(out)[1].step == steps
+    assert processes_with(out.name) == []
+
+
+def test_signal_to_one_rank_ends_all_in_order(tmp_path, train):
+    config = config_of(tmp_path, {"pp": 2}, train_steps=100_000)
+    found = train(config, 2, signal_at=3, signalled=1)
+    assert [one["code"] for one in found] == [128 + signal.SIGTERM, 128 + signal.SIGINT]
+    assert all(one["err"] == "" for one in found)
+    steps = mf.newest(tmp_path)[1].step
+    assert f"after step {steps}; " in found[0]["out"]
+    resumed = replace(config, train=replace(config.train, resume=True, train_steps=steps + 2))
+    again = train(resumed, 2)
+    assert [one["code"] for one in again] == [0, 0]
+    assert f"resumed at step {steps} " in again[0]["out"]
+    assert [line["step"] for line in lines_of(tmp_path)] == list(range(1, steps + 3))
+
+
+def test_failing_save_is_told_by_its_rank_alone(tmp_path, train):
+    (tmp_path / "checkpoints").write_text("in the way")
+    found = train(config_of(tmp_path, {"tp": 2, "pp": 2}), 4)
+    assert [one["code"] for one in found] == [5] * 4
+    assert [one["err"] for one in found[1:]] == [""] * 3
+    said = found[0]["err"]
+    assert said.startswith("megalite: error: rank 0 (pp0 dp0 tp0): checkpoint: cannot prepare: ")
+    assert said.count("\n") == 1 and "earlier checkpoints are intact" in said
+    log = (tmp_path / "logs" / "rank-0.log").read_text()
+    assert "Traceback" in log and "_make_empty" in log
+    assert "PeerFailed" in (tmp_path / "logs" / "rank-3.log").read_text()
+
+
+def test_loss_that_is_no_number_is_told_once(tmp_path, train):
+    found = train(config_of(tmp_path, {"dp": 2}, lr=1e30, train_steps=50), 2)
+    assert [one["code"] for one in found] == [5, 5]
+    said = "".join(one["err"] for one in found)
+    pattern = (
+        r"megalite: error: rank [01] \(pp0 dp[01] tp0\): step \d+: loss \S+, gradient norm \S+ "
+        r"\(lower --lr, or raise --warmup-steps; earlier checkpoints are intact\)\n"
+    )
+    assert re.fullmatch(pattern, said), said
+    assert all((tmp_path / "logs" / f"rank-{r}.log").exists() for r in (0, 1))
+
+
+def test_ranks_that_disagree_say_the_same_line(tmp_path, run_ranks):
+    config = config_of(tmp_path).to_dict()
+    assert run_ranks(f"{JOBS}:disagree", 2, config=config, lr_of=[0.1, 0.1]) == ["", ""]
+    first, second, third = run_ranks(f"{JOBS}:disagree", 3, config=config, lr_of=[0.1, 0.1, 0.25])
+    assert first == second == third
+    assert re.fullmatch(
+        r"config differs between ranks: rank 2 \(\S+\) has lr=0\.25, rank 0 has 0\.1 "
+        r"\(start every rank with the same command and version\)",
+        first,
+    )
+
+
+@pytest.fixture
+def done(tmp_path, train):
+    """A run of four steps with a checkpoint at each second one."""
+    config = config_of(tmp_path / "run", save_interval=2)
+    (one,) = train(config)
+    assert one["code"] == 0
+    return config
+
+
+def resumed(config: Config, **model) -> Config:
+    train = replace(config.train, resume=True, train_steps=6)
+    return replace(config, train=train, model=replace(config.model, **model))
+
+
+def test_out_of_another_run_is_refused(done, train):
+    (one,) = train(done)
+    out = done.train.out
+    assert (one["code"], one["err"]) == (
+        2,
+        f"front door: --out {out}: holds checkpoints of a run (use --resume to go on with it, or "
+        "another --out)\n",
+    )
+
+
+def test_resume_with_another_model_names_the_flag(done, train):
+    (one,) = train(resumed(done, hidden_size=32))
+    newest = f"{done.train.out}/checkpoints/step-00000004"
+    assert (one["code"], one["err"]) == (
+        4,
+        f"megalite: error: {newest}: was trained with --hidden-size 16, this run has 32\n",
+    )
+
+
+def test_resume_without_a_checkpoint_is_refused(tmp_path, train):
+    (one,) = train(resumed(config_of(tmp_path / "new")))
+    assert one["code"] == 4
+    assert one["err"].startswith(f"megalite: error: {tmp_path / 'new'}: no checkpoint found")
+
+
+def test_damaged_newest_checkpoint_falls_back_with_a_warning(done, train):
+    out = Path(done.train.out)
+    file = out / "checkpoints" / "step-00000004" / "shard-00000.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    (one,) = train(resumed(done))
+    assert (one["code"], one["err"]) == (0, "")
+    assert f"megalite: warning: {file}: sha256 differs" in one["out"]
+    assert "using step-00000002" in one["out"] and "resumed at step 2 " in one["out"]
+    assert mf.newest(out)[1].step == 6
+    mf.check_files(file.parent, mf.read(file.parent.with_name("step-00000006")))
+
+
+def test_cuda_without_a_gpu_is_one_line(tmp_path, train):
+    config = config_of(tmp_path / "run", device="cuda")
+    (one,) = train(config)
+    if one["code"] == 0:
+        pytest.skip("this machine has a GPU")
+    line = "front door: --device cuda: no GPU is visible to torch (use --device cpu)\n"
+    assert (one["code"], one["err"]) == (2, line)
+    assert not (tmp_path / "run").exists()
+
+

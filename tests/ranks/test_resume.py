@@ -1,0 +1,145 @@
+"""A run that stops and goes on is the run that never stopped, and a checkpoint belongs to no layout."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megalite.checkpoint import manifest as mf
+from megalite.core.config import Config, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
+from megalite.core.shard import box_shape, slices
+from megalite.models.presets import num_parameters
+
+JOBS = "tests.ranks.resume_jobs"
+MODEL = ModelConfig(
+    num_layers=4, hidden_size=24, num_heads=4, vocab_size=61, seq_len=12, init_std=0.1
+)
+UNTIED_KV = replace(
+    MODEL, num_kv_heads=2, tie_embeddings=False, norm="rmsnorm", activation="swiglu",
+    position="rope", bias=False, ffn_hidden_size=96,
+)  # fmt: skip
+DROPOUT = replace(MODEL, dropout=0.1)
+
+
+def config_of(layout: dict, model: ModelConfig = MODEL) -> Config:
+    train = TrainConfig(micro_batch_size=1, global_batch_size=4)
+    optim = OptimConfig(lr=1e-2)
+    return Config(model=model, layout=LayoutConfig(**layout), optim=optim, train=train)
+
+
+def world_of(layout: dict) -> int:
+    return layout.get("tp", 1) * layout.get("pp", 1) * layout.get("dp", 1)
+
+
+RESUMED = [
+    ({}, MODEL),
+    ({"tp": 2, "pp": 2}, DROPOUT),
+    ({"dp": 2, "zero": 1}, MODEL),
+    ({"tp": 2, "pp": 2, "dp": 2}, MODEL),
+]
+
+
+def name_of(value):
+    return " ".join(f"{k}{v}" for k, v in value.items()) if isinstance(value, dict) else ""
+
+
+@pytest.mark.parametrize("layout, model", RESUMED, ids=name_of)
+def test_resumed_run_equals_the_uninterrupted_one_bitwise(layout, model, run_ranks, tmp_path):
+    config, world = config_of(layout, model).to_dict(), world_of(layout)
+    out = str(tmp_path / "checkpoints")
+    through = run_ranks(f"{JOBS}:train_through", world, config=config, out=out)
+    resumed = run_ranks(f"{JOBS}:resume", world, config=config, run=str(tmp_path))
+    for whole, rest in zip(through, resumed, strict=True):
+        assert rest["fresh"] != rest["at_10"] == whole["at_10"] != whole["at_20"]
+        assert rest["losses"] == whole["losses"][10:]
+        assert rest["at_20"] == whole["at_20"]
+    assert len(set(through[0]["losses"])) == 20
+
+
+def whole_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, put together here; each number must be there exactly once."""
+    manifest = mf.read(directory)
+    mf.check_files(directory, manifest)
+    files = {name: load_file(directory / name) for name in manifest.files}
+    wholes = {}
+    for name, saved in manifest.tensors.items():
+        whole = torch.zeros(saved.shape)
+        count = torch.zeros(saved.shape)
+        for box in saved.boxes:
+            numbers = files[box.file][box.key]
+            assert tuple(numbers.shape) == box_shape(box.box)
+            whole[slices(box.box)] = numbers
+            count[slices(box.box)] += 1
+        assert (count == 1).all(), name
+        wholes[name] = whole
+    stored = sum(tensor.numel() for file in files.values() for tensor in file.values())
+    assert stored == sum(whole.numel() for whole in wholes.values())
+    return wholes
+
+
+SAVED = [
+    ({"tp": 2, "pp": 2, "dp": 2, "zero": 1}, MODEL),
+    ({"tp": 2, "pp": 2, "dp": 2, "zero": 0}, MODEL),
+    ({"tp": 4, "dp": 2, "zero": 1}, UNTIED_KV),
+]
+LOADED = [{}, {"tp": 4}, {"pp": 4}, {"dp": 3}, {"tp": 2, "pp": 2, "vpp": 2, "schedule": "interleaved"}]
+
+
+@pytest.mark.parametrize("saved, model", SAVED, ids=name_of)
+def test_checkpoint_loads_into_any_layout(saved, model, run_ranks, tmp_path):
+    run_ranks(
+        f"{JOBS}:train_and_save",
+        world_of(saved),
+        config=config_of(saved, model).to_dict(),
+        out=str(tmp_path / "checkpoints"),
+    )
+    wholes = whole_tensors(tmp_path / "checkpoints" / "step-00000002")
+    kinds = {name.partition("/")[0] for name in wholes}
+    assert kinds == {"weights", "exp_avg", "exp_avg_sq"}
+    assert sum(w.numel() for w in wholes.values()) == 3 * num_parameters(model)
+    for layout in LOADED:
+        seen = set()
+        ranks = run_ranks(
+            f"{JOBS}:load_elsewhere",
+            world_of(layout),
+            config=config_of(layout, model).to_dict(),
+            run=str(tmp_path),
+            weights_only=layout == {"tp": 4},
+        )
+        for rank in ranks:
+            for name, box, numbers in rank:
+                seen.add(name)
+                part = wholes[f"weights/{name}"][slices(box)]
+                assert torch.equal(torch.tensor(numbers), part), (layout, name, box)
+        assert {f"weights/{name}" for name in seen} == {n for n in wholes if "weights/" in n}
+
+
+FAILURES = [(0, "_make_empty"), (3, "save_file"), (0, "save_file"), (0, "_commit")]
+
+
+@pytest.mark.parametrize("who, how", FAILURES)
+def test_full_disk_of_one_rank_stops_all_and_leaves_the_earlier_checkpoint(
+    who, how, run_ranks, tmp_path
+):
+    layout = {"tp": 2, "pp": 2}
+    config = config_of(layout).to_dict()
+    found = run_ranks(f"{JOBS}:save_and_fail", 4, config=config, out=str(tmp_path), who=who, how=how)
+    assert [rank for rank, one in enumerate(found) if not one["silent"]] == [who]
+    assert "No space left on device" in found[who]["text"]
+    assert all(one["newest"] == "step-00000001" and not one["passed_over"] for one in found)
+    assert [d.name for d in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+@pytest.mark.parametrize("layout", [{"tp": 2, "pp": 2}, {"pp": 2, "dp": 2}], ids=name_of)
+@pytest.mark.parametrize("model", [MODEL, UNTIED_KV], ids=["tied", "untied"])
+def test_pipeline_generates_what_one_process_does(layout, model, run_ranks):
+    (alone,) = run_ranks(f"{JOBS}:greedy", 1, config=config_of({}, model).to_dict())
+    together = run_ranks(f"{JOBS}:greedy", world_of(layout), config=config_of(layout, model).to_dict())
+    assert all(len(made) == 12 for made in alone)
+    assert len({json.dumps(made) for made in alone}) == 3
+    assert together == [alone] * len(together)

@@ -1,0 +1,70 @@
+"""The linears by themselves: against F.linear, and with their weight gradients left for later."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megalite.core.call import make_call
+from megalite.core.mesh import Axis
+from megalite.core.params import gaussian, initialize
+from megalite.core.shard import Block
+from megalite.layers.linear import ColumnLinear, RowLinear
+
+ONE = Axis("tp")
+LINEARS = {
+    "column": lambda: ColumnLinear(6, (Block(5, ("tp", None)),), ONE, bias=True, init=gaussian(1.0)),
+    "row": lambda: RowLinear(6, 5, ONE, bias=True, init=gaussian(1.0)),
+}
+
+
+def made(kind):
+    linear = LINEARS[kind]()
+    initialize(linear, seed=1)
+    linear.bias.data.copy_(torch.arange(5.0))
+    return linear
+
+
+def call_of(rows=4, batch=3):
+    tokens = torch.zeros(rows, batch, dtype=torch.int64)
+    return make_call(tokens, None, torch.arange(batch), seq_cut=None)
+
+
+@pytest.mark.parametrize("kind", LINEARS)
+def test_linear_equals_autograd_on_one_rank(kind):
+    linear, x = made(kind), torch.randn(4, 3, 6, requires_grad=True)
+    y = linear(x, call_of())
+    dy = torch.randn_like(y)
+    weight, bias = (p.detach().clone().requires_grad_() for p in (linear.weight, linear.bias))
+    expected = F.linear(x, weight, bias)
+    torch.testing.assert_close(y, expected, rtol=0, atol=0)
+    wanted = torch.autograd.grad(expected, (x, weight, bias), dy)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    for ours, theirs in zip((dx, linear.weight.grad, linear.bias.grad), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", LINEARS)
+def test_deferred_weight_gradient_is_bit_for_bit_that_of_at_once(kind):
+    x, dy, at_once = torch.randn(4, 3, 6), torch.randn(4, 3, 5), made(kind)
+    at_once(x, call_of()).backward(dy)
+    deferred, later = made(kind), []
+    deferred(x, call_of().deferring(later)).backward(dy)
+    assert deferred.weight.grad is None and len(later) == 1
+    for job in later:
+        job()
+    assert torch.equal(deferred.weight.grad, at_once.weight.grad)
+    assert torch.equal(deferred.bias.grad, at_once.bias.grad)
+
+
+def test_first_layer_trains_though_its_input_needs_no_gradient():
+    linear = made("column")
+    linear(torch.randn(4, 3, 6), call_of()).sum().backward()
+    assert linear.weight.grad.abs().sum() > 0
+
+
+def test_gradients_of_several_microbatches_add_up():
+    linear, x = made("row"), torch.randn(4, 3, 6)
+    linear(x, call_of()).sum().backward()
+    once = linear.weight.grad.clone()
+    linear(x, call_of()).sum().backward()
+    torch.testing.assert_close(linear.weight.grad, 2 * once)

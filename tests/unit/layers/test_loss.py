@@ -1,0 +1,61 @@
+"""Cross entropy against torch's; cut over real ranks: tests/ranks/test_collectives.py."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megalite.core.call import IGNORE
+from megalite.core.mesh import Axis
+from megalite.layers.loss import cross_entropy_sum
+
+ONE = Axis("tp")
+TOL = {torch.float64: 1e-12, torch.float32: 1e-5}
+
+
+def case(dtype, tokens=11, vocab=13, width=16):
+    generator = torch.Generator().manual_seed(1)
+    logits = 3 * torch.randn(tokens, width, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, vocab, (tokens,), generator=generator)
+    labels[::3] = IGNORE
+    return logits.to(dtype), labels, vocab
+
+
+@pytest.mark.parametrize("dtype", TOL, ids=str)
+def test_loss_and_gradient_equal_torch_with_padding_and_masks(dtype):
+    logits, labels, vocab = case(dtype)
+    expected = logits.clone().requires_grad_()
+    wanted = F.cross_entropy(expected[:, :vocab], labels, ignore_index=IGNORE, reduction="sum")
+    (0.3 * wanted).backward()
+    ours = logits.clone().requires_grad_()
+    loss = cross_entropy_sum(ours * 1, labels, vocab, ONE)
+    (0.3 * loss).backward()
+    torch.testing.assert_close(loss, wanted, rtol=TOL[dtype], atol=TOL[dtype])
+    torch.testing.assert_close(ours.grad, expected.grad, rtol=TOL[dtype], atol=TOL[dtype])
+    assert (ours.grad[:, vocab:] == 0).all() and (ours.grad[::3] == 0).all()
+
+
+def test_loss_of_nothing_but_masked_labels_is_zero():
+    logits, labels, vocab = case(torch.float64)
+    x = logits.requires_grad_()
+    loss = cross_entropy_sum(x * 1, labels.fill_(IGNORE), vocab, ONE)
+    loss.backward()
+    assert loss.item() == 0 and (x.grad == 0).all()
+
+
+def test_huge_logits_do_not_overflow():
+    logits = torch.tensor([[1000.0, 0.0], [-1000.0, 0.0]])
+    assert cross_entropy_sum(logits, torch.tensor([0, 1]), 2, ONE).item() == 0
+
+
+def test_bfloat16_logits_give_a_float32_loss_without_bfloat16_sums():
+    # 20000 equal logits: a bfloat16 sum of their exponentials would be off by up to 0.4 %
+    tokens, vocab = 300, 20011
+    logits = torch.zeros(tokens, vocab, dtype=torch.bfloat16).requires_grad_()
+    loss = cross_entropy_sum(logits * 1, torch.arange(tokens), vocab, ONE)
+    assert loss.dtype == torch.float32
+    wanted = tokens * torch.tensor(float(vocab)).log()
+    torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=0)
+    loss.backward()
+    assert logits.grad.dtype == torch.bfloat16
+    label_grad = logits.grad[torch.arange(tokens), torch.arange(tokens)]
+    torch.testing.assert_close(label_grad.double(), torch.full((tokens,), -1.0).double())
