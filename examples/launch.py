@@ -20,6 +20,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 OWN_CODES = range(2, 6)
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 RUN_ERROR = 5
 
 
@@ -74,7 +75,7 @@ def main() -> int:
         run.run(run.parse_args(sys.argv[1:]))
     except ChildFailedError as error:
         rank, code = root_cause(error)
-        if code in OWN_CODES:
+        if code in OWN_CODES or code in STOPPED:
             return code
         say_death(rank, code)
         return RUN_ERROR

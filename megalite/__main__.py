@@ -11,8 +11,8 @@ import importlib
 import os
 import shlex
 import sys
-import time
 import sysconfig
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -100,7 +100,7 @@ def _complain(text: str) -> None:
 
 
 def _let_the_first_rank_speak() -> None:
-    """Wait, on any but the first rank of a host: torchrun ends all ranks as soon as one has ended."""
+    """Wait, on any but a host's first rank: torchrun ends all ranks as soon as one has ended."""
     if os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" in os.environ:
         time.sleep(SPEAK_SECONDS)
 

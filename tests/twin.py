@@ -1,7 +1,7 @@
-"""The naive twin: the same decoder in plain torch, to check the engine against something that is not it.
+"""The naive twin: the same decoder in plain torch, to check the engine against what is not it.
 
-A GPT is a function of a dict of whole tensors, by the names that ours give them; torch.nn.functional and
-autograd do the rest. No class of ours, no cut, no bucket: what is slow and obvious stands here.
+A GPT is a function of a dict of whole tensors, by the names that ours give them; torch and autograd
+do the rest. No class of ours, no cut, no bucket: what is slow and obvious stands here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ Weights = dict[str, Tensor]
 def loss(cfg: ModelConfig, weights: Weights, tokens: Tensor, labels: Tensor) -> Tensor:
     """Mean of -log p(label) over labels that are not negative; `tokens` and `labels` [b, s]."""
     nll = F.cross_entropy(
-        logits(cfg, weights, tokens).flatten(0, 1), labels.flatten(), ignore_index=-1, reduction="sum"
+        logits(cfg, weights, tokens).flatten(0, 1),
+        labels.flatten(),
+        ignore_index=-1,
+        reduction="sum",
     )
     return nll / (labels >= 0).sum()
 
@@ -51,7 +54,10 @@ def train(
         weight.requires_grad_()
     # Matrices decay, norms and biases do not.
     groups = [
-        {"params": [w for w in weights.values() if w.dim() > 1], "weight_decay": optim.weight_decay},
+        {
+            "params": [w for w in weights.values() if w.dim() > 1],
+            "weight_decay": optim.weight_decay,
+        },
         {"params": [w for w in weights.values() if w.dim() == 1], "weight_decay": 0.0},
     ]
     betas = (optim.beta1, optim.beta2)
@@ -116,7 +122,7 @@ def _visible(cfg: ModelConfig, s: int) -> Tensor:
 
 
 def _rotated(cfg: ModelConfig, x: Tensor) -> Tensor:
-    """`x` [b, s, n, d] as complex numbers (first half real, second imaginary), turned by the position."""
+    """`x` [b, s, n, d] as complex numbers, first half real, second imaginary, turned."""
     s, half = x.shape[1], cfg.head_dim // 2
     speed = cfg.rope_theta ** -(torch.arange(half, dtype=torch.float64) / half)
     turn = torch.polar(

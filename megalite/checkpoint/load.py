@@ -1,4 +1,4 @@
-"""Reads a checkpoint into any layout: each rank asks for its own boxes and takes the overlaps it finds.
+"""Reads a checkpoint into any layout: each rank asks for its boxes and takes what overlaps them.
 
 The saving layout plays no part: boxes are in whole-tensor coordinates on both sides. Next: save.py.
 """
@@ -13,11 +13,41 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from megalite.checkpoint.manifest import Manifest, SavedTensor
-from megalite.core.errors import CheckpointError
+from megalite.checkpoint.manifest import Manifest, SavedTensor, newest, read, step_dir
+from megalite.core import comm
+from megalite.core.errors import CheckpointError, PeerFailed
+from megalite.core.mesh import Mesh
 from megalite.core.params import traits_of
 from megalite.core.shard import Box, box_shape, overlap, shift, slices
 from megalite.optim.optimizer import Optimizer
+
+
+def newest_for_all(
+    path: Path, mesh: Mesh, device: torch.device
+) -> tuple[Path, Manifest, list[str]]:
+    """`manifest.newest`, decided and verified by rank 0 for every rank; all ranks call it together.
+
+    So no two ranks read different steps, and a checkpoint is hashed once, not once a rank. Raises
+    CheckpointError on the rank that saw what is wrong, PeerFailed on the others.
+    """
+    found: tuple[Path, Manifest, list[str]] | None = None
+    failure: CheckpointError | None = None
+    try:
+        found = newest(path) if mesh.rank == 0 else None
+    except CheckpointError as e:
+        failure = e
+    mine = torch.tensor(-1 if found is None else found[1].step, device=device)
+    step = int(comm.all_reduce(mine, mesh.world, op="max"))
+    if mesh.rank > 0 and step >= 0:
+        try:
+            directory = step_dir(path, step)
+            found = directory, read(directory), []
+        except CheckpointError as e:
+            failure = e
+    if comm.any_true(failure is not None, mesh.world):
+        raise failure or PeerFailed(f"{path}: another rank cannot read the checkpoint")
+    assert found is not None
+    return found
 
 
 class Reader:
@@ -30,7 +60,8 @@ class Reader:
     def fill(self, target: Tensor, name: str, box: Box, shape: tuple[int, ...]) -> None:
         """Copy `box` of the whole tensor `name` into `target`, of the box's shape.
 
-        Raises CheckpointError if the tensor is not there, has another shape than `shape`, or has a hole.
+        Raises CheckpointError if the tensor is not there, has another shape than `shape`, or has a
+        hole.
         """
         saved = self._find(name, shape)
         filled = 0
@@ -54,7 +85,8 @@ class Reader:
             )
         if saved.shape != shape:
             raise CheckpointError(
-                f"{self.directory}: {name}: checkpoint is {list(saved.shape)}, model wants {list(shape)}"
+                f"{self.directory}: {name}: checkpoint is {list(saved.shape)}, "
+                f"model wants {list(shape)}"
             )
         return saved
 

@@ -1,8 +1,9 @@
-"""What a checkpoint directory says of itself: one self-hashed JSON file, readable without ranks or torch.
+"""What a checkpoint directory says of itself: one self-hashed JSON file, read without torch.
 
-A step directory holds shard files (safetensors) and MANIFEST.json, which names every tensor of the *whole*
-model with the boxes it was saved in (box, file, key) and every file with its size and sha256. It is written
-last and the directory is renamed into place, so a directory with a name is whole. Next: save.py, load.py.
+A step directory holds shard files (safetensors) and MANIFEST.json, which names every tensor of the
+*whole* model with the boxes it was saved in (box, file, key) and every file with its size and
+sha256. It is written last and the directory is renamed into place, so a directory with a name is
+whole. Next: save.py, load.py.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from megalite.core.errors import CheckpointError
 
 NAME = "MANIFEST.json"
 FORMAT = 1
+STEP = re.compile(r"step-\d{8,}")
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,11 @@ def check_files(directory: Path, manifest: Manifest) -> None:
             raise CheckpointError(
                 f"{path}: {path.stat().st_size} bytes, the manifest says {saved.size}"
             )
-        if file_sha256(path) != saved.sha256:
+        try:
+            digest = file_sha256(path)
+        except OSError as e:
+            raise CheckpointError(f"{path}: cannot be read ({e.strerror})") from None
+        if digest != saved.sha256:
             raise CheckpointError(f"{path}: sha256 differs from the manifest (file damaged)")
 
 
@@ -118,16 +124,17 @@ def step_dirs(root: Path) -> list[Path]:
     """The step directories of a run, newest first."""
     if not root.is_dir():
         return []
-    found = [d for d in root.iterdir() if re.fullmatch(r"step-\d{8,}", d.name) and d.is_dir()]
+    found = [d for d in root.iterdir() if STEP.fullmatch(d.name) and d.is_dir()]
     return sorted(found, key=lambda d: int(d.name[5:]), reverse=True)
 
 
 def newest(path: Path) -> tuple[Path, Manifest, list[str]]:
     """The newest valid checkpoint of a run directory, or that step directory itself.
 
-    Gives also the reasons for which newer ones were passed over. Raises CheckpointError if there is none.
+    Gives also the reasons for which newer ones were passed over. Raises CheckpointError if there is
+    none.
     """
-    if (path / NAME).exists() or re.fullmatch(r"step-\d{8,}", path.name):
+    if _is_step(path):
         manifest = read(path)
         check_files(path, manifest)
         return path, manifest, []
@@ -145,6 +152,15 @@ def newest(path: Path) -> tuple[Path, Manifest, list[str]]:
     raise CheckpointError(
         f"{path}: {what} (expected a run directory, or one of its checkpoints/step-*)"
     )
+
+
+def step_dir(path: Path, step: int) -> Path:
+    """The directory of that step of a run; `path` itself where it is a step directory."""
+    return path if _is_step(path) else path / "checkpoints" / f"step-{step:08d}"
+
+
+def _is_step(path: Path) -> bool:
+    return (path / NAME).exists() or STEP.fullmatch(path.name) is not None
 
 
 def file_sha256(path: Path) -> str:

@@ -1,7 +1,8 @@
-"""Writes a checkpoint: each rank its own boxes to its own file, rank 0 the manifest last, then a rename.
+"""Writes a checkpoint: each rank its boxes to its own file, rank 0 the manifest, then a rename.
 
-A number is written by exactly one rank: the one whose flat range it is in and whose Shard owns it. A run that is
-killed at any instant leaves either the old checkpoints or the new one beside them. Next: manifest.py.
+A number is written by exactly one rank: the one whose flat range it is in and whose Shard owns it.
+A run that is killed at any instant leaves either the old checkpoints or the new one beside them.
+Next: manifest.py.
 """
 
 from __future__ import annotations
@@ -29,18 +30,19 @@ PARTIAL = ".partial-"
 
 
 def save(root: Path, optimizer: Optimizer, mesh: Mesh, facts: mf.Manifest) -> Path:
-    """Write `root/step-NNNNNNNN` from every rank's part; all ranks call it together, on one file system.
+    """Write `root/step-NNNNNNNN` from every rank's part.
 
-    `facts` has everything but tensors and files. Raises RunError on every rank if one of them cannot write;
-    what was there before is then untouched.
+    All ranks call it together, on one file system.
+    `facts` has everything but tensors and files. Raises RunError on every rank if one of them
+    cannot write; what was there before is then untouched.
     """
     target = root / f"step-{facts.step:08d}"
     partial = root / f"{PARTIAL}{facts.step:08d}"
     first = mesh.rank == 0
     try:
-        _together(mesh, "prepare", lambda: first and _make_empty(partial))
+        _together(mesh, "prepare", lambda: _make_empty(partial), here=first)
         _together(mesh, "write", lambda: _write_part(partial, optimizer, mesh))
-        _together(mesh, "commit", lambda: first and _commit(partial, target, facts, mesh))
+        _together(mesh, "commit", lambda: _commit(partial, target, facts, mesh), here=first)
     except RunError:
         if first:  # a full disk needs the room
             shutil.rmtree(partial, ignore_errors=True)
@@ -48,11 +50,12 @@ def save(root: Path, optimizer: Optimizer, mesh: Mesh, facts: mf.Manifest) -> Pa
     return target
 
 
-def _together(mesh: Mesh, what: str, action: Callable[[], object]) -> None:
-    """Run `action` here and learn whether it went well everywhere: the barrier and the error exchange."""
+def _together(mesh: Mesh, what: str, action: Callable[[], None], *, here: bool = True) -> None:
+    """Run `action` where it is to run, and learn whether it went well everywhere."""
     failure: Exception | None = None
     try:
-        action()
+        if here:
+            action()
     except (OSError, SafetensorError) as e:  # the second is safetensors' word for a full disk
         failure = e
     failed = comm.any_true(failure is not None, mesh.world)
@@ -83,8 +86,10 @@ def _write_part(partial: Path, optimizer: Optimizer, mesh: Mesh) -> None:
     (partial / f"part-{mesh.rank:05d}.json").write_text(json.dumps(part), encoding="utf-8")
 
 
-def my_boxes(optimizer: Optimizer, file: str) -> tuple[dict[str, mf.SavedTensor], dict[str, Tensor]]:
-    """What this rank saves: its boxes of each tensor of the whole model, and views of their numbers by key."""
+def my_boxes(
+    optimizer: Optimizer, file: str
+) -> tuple[dict[str, mf.SavedTensor], dict[str, Tensor]]:
+    """What this rank saves: its boxes of each whole tensor, and views of their numbers by key."""
     zero = optimizer.zero
     views: dict[str, Tensor] = {}
     tensors: dict[str, mf.SavedTensor] = {}
@@ -117,7 +122,8 @@ def _commit(partial: Path, target: Path, facts: mf.Manifest, mesh: Mesh) -> None
             tensors[name] = replace(known, boxes=known.boxes + found.boxes)
         path.unlink()
     text = mf.to_json(replace(facts, tensors=tensors, files=files))
-    # The manifest is written last: a run killed before this line leaves no checkpoint that looks complete.
+    # The manifest is written last: a run killed before this line leaves no checkpoint that looks
+    # complete.
     (partial / mf.NAME).write_text(text, encoding="utf-8")
     _sync_file(partial / mf.NAME)
     mf.sync_directory(partial)

@@ -26,7 +26,8 @@ from typing import (
 )
 
 from megalite.core.errors import DataError, UserError
-from megalite.schedule.generators import SCHEDULES
+from megalite.schedule.custom import is_file
+from megalite.schedule.generators import CHUNKED, SCHEDULES
 
 if TYPE_CHECKING:
     from megalite.core.config import Config, ModelConfig
@@ -45,7 +46,8 @@ RULES: dict[str, Callable[[float], bool]] = {
 # Rule -> the fields that obey it. A number of Config that is named nowhere here fails a test.
 FIELDS: dict[str, str] = {
     "> 0": "norm_eps rope_theta logit_soft_cap attention_soft_cap init_std bucket_mb lr eps",
-    ">= 0": "temperature top_k zero warmup_steps weight_decay clip_grad seed eval_interval save_interval",
+    ">= 0": "temperature top_k zero warmup_steps weight_decay clip_grad seed eval_interval "
+    "save_interval",
     ">= 1": "num_layers hidden_size num_heads num_kv_heads ffn_hidden_size vocab_size seq_len "
     "sliding_window tp pp cp dp vpp micro_batch_size global_batch_size train_steps log_interval "
     "eval_samples world max_tokens num_samples",
@@ -257,10 +259,12 @@ def _check_tp(config: Config) -> None:
 
 def _check_stages(config: Config) -> None:
     lay, layers = config.layout, config.model.num_layers
-    if lay.schedule not in SCHEDULES:
+    own = is_file(lay.schedule)
+    if not own and lay.schedule not in SCHEDULES:
         raise UserError(unknown("--schedule", lay.schedule, SCHEDULES))
-    if lay.vpp > 1 and lay.schedule != "interleaved":
-        raise UserError(f"--vpp {lay.vpp}: needs --schedule interleaved (got {lay.schedule})")
+    if lay.vpp > 1 and not own and lay.schedule not in CHUNKED:
+        names = " or ".join(CHUNKED)
+        raise UserError(f"--vpp {lay.vpp}: needs --schedule {names} (got {lay.schedule})")
     if lay.vpp > 1 and lay.pp == 1:
         raise UserError(f"--vpp {lay.vpp}: needs --pp above 1 (got 1)")
     stages = lay.pp * lay.vpp

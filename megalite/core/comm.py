@@ -19,7 +19,7 @@ from megalite.core.errors import PeerFailed
 from megalite.core.log import Collective
 from megalite.core.mesh import Axis
 
-# n ranks of the axis; dim is the dimension that is cut or gathered
+# n ranks of the axis, m rows of one rank; dim is the dimension that is cut or gathered
 
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 # torch 2.13 renames these two; 2.11 and 2.12 only know the old names.

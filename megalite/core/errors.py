@@ -1,7 +1,7 @@
 """The mistakes a user can make, each with the exit code of its kind.
 
-Broken invariants of ours are `assert`; these are for what comes from outside. Each text is one line:
-the field, its value, the rule, and the way out. `megalite/__main__.py` prints it once, as
+Broken invariants of ours are `assert`; these are for what comes from outside. Each text is one
+line: the field, its value, the rule, and the way out. `megalite/__main__.py` prints it once, as
 `megalite: error: <text>`, on rank 0.
 """
 
@@ -25,7 +25,7 @@ class CheckpointError(UserError):
 
 
 class RunError(UserError):
-    """The run itself failed: a rank died, the disk is full, a loss is not a number (exit code 5)."""
+    """The run failed: a rank died, the disk is full, a loss is not a number (exit code 5)."""
 
     exit_code = 5
 

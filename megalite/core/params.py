@@ -19,6 +19,8 @@ from megalite.core import rng
 from megalite.core.mesh import Axis
 from megalite.core.shard import Shard, slices
 
+# t tokens (rows of a flattened [s, b, ...]), d_in and d_out features on this rank
+
 
 @dataclass(frozen=True)
 class Traits:

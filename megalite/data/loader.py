@@ -1,8 +1,9 @@
 """Which tokens a rank trains on: a pure function of (seed, number of the sample).
 
-The loader's whole state is one integer, the samples consumed so far; a step takes the next ones of a shuffled
-order that does not depend on any layout. An epoch's order is a keyed permutation, computed per sample: there
-is no shuffle index to build or to store. Not here: the file format (indexed.py).
+The loader's whole state is one integer, the samples consumed so far; a step takes the next ones of
+a shuffled order that does not depend on any layout. An epoch's order is a keyed permutation,
+computed per sample: there is no shuffle index to build or to store. Not here: the file format
+(indexed.py).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class TokenSource(Protocol):
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of s + 1 tokens over one flat stream, each starting where the last one's labels end."""
+    """Windows of s + 1 tokens over one flat stream, each starting at the last one's last label."""
 
     tokens: np.ndarray
     seq_len: int
@@ -55,7 +56,7 @@ class Windows:
 class Synthetic:
     """An endless seeded Markov chain with a few likely successors per state: speed without files.
 
-    256 states scattered over the vocabulary; its entropy rate is about 0.9 nats.
+    256 states scattered over the vocabulary; its entropy rate is about 0.8 nats.
     """
 
     _STEPS = np.cumsum([0.7, 0.2, 0.08])
@@ -103,7 +104,10 @@ class Loader:
         self.seq_cut = mesh.axis("tp") if sequence_parallel else None
 
     def step(self, consumed: int) -> list[Call]:
-        """The microbatches of the step that starts after `consumed` samples: microbatches outermost, then dp."""
+        """This rank's microbatches of the step that starts after `consumed` samples.
+
+        Samples are dealt out microbatch by microbatch, and within one rank by rank.
+        """
         size, dp = self.micro_batch_size, self.mesh.axis("dp")
         starts = [consumed + (m * dp.size + dp.idx) * size for m in range(self.num_microbatches)]
         return [self._call(range(start, start + size)) for start in starts]
@@ -146,8 +150,8 @@ def permuted(idx: int, n: int, key: int) -> int:
 
     Black and Rogaway 2002, "Ciphers with arbitrary finite domains".
     """
-    # Each round needs a function of its own: with keys that differ in a bit or two, some orders of a
-    # small range come out unshuffled.
+    # Each round needs a function of its own: with keys that differ in a bit or two, some orders of
+    # a small range come out unshuffled.
     keys = [_scramble(key + turn) for turn in range(ROUNDS)]
     half = max(1, (max(1, n - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1

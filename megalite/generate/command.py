@@ -1,4 +1,4 @@
-"""`megalite generate RUN PROMPT`: go on from a prompt with a checkpoint of any layout, in one process."""
+"""`megalite generate RUN PROMPT`: go on from a prompt with a checkpoint of any layout."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Generation by any model that gives next-token logits, in one process or over a pipeline.
 
-Requests of different lengths share a batch: rows are padded at their end, which causal attention never looks
-at. When a request is as long as the model's context, its oldest tokens fall out.
+Requests of different lengths share a batch: rows are padded at their end, which causal attention
+never looks at. When a request is as long as the model's context, its oldest tokens fall out.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def generate(
     max_tokens: int,
     seq_len: int,
     stop: int | None = None,
-    device: torch.device = torch.device("cpu"),
+    device: torch.device | None = None,
     first_request: int = 0,
 ) -> list[list[int]]:
     """New tokens of each prompt, without the prompt; ends at token `stop`, which is left out.

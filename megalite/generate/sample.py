@@ -44,7 +44,7 @@ def probabilities(logits: Tensor, how: Sampling) -> Tensor:
 
 
 def pick(logits: Tensor, how: Sampling, *, requests: Tensor, position: Tensor) -> Tensor:
-    """The next token [b] of each request: a function of its logits, the seed, its number and its position.
+    """The next token [b] of each request: a function of logits, seed, request and position.
 
     So a request draws the same tokens whatever else is in its batch.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from megalite.core import rng
@@ -20,5 +21,6 @@ def dropout(x: Tensor, p: float, key: int, call: Call) -> Tensor:
     if p == 0.0 or not call.training:
         return x
     hashed = rng.rows(key, call.samples[None, :, None], call.row_positions[:, None, None])
-    columns = call.positions.new_tensor(range(x.shape[-1]))
-    return x * keep_mask(hashed, columns, p).to(x.dtype).mul_(1.0 / (1.0 - p))
+    columns = torch.arange(x.shape[-1], device=x.device)
+    # Division by a number: a factor 1 / (1 - p) in bfloat16 would shift the mean by up to 0.4 %.
+    return x * keep_mask(hashed, columns, p).to(x.dtype) / (1.0 - p)

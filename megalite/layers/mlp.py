@@ -15,6 +15,8 @@ from megalite.layers.linear import ColumnLinear, RowLinear
 from megalite.ops.gelu import gelu, gelu_tanh
 from megalite.ops.swiglu import swiglu
 
+# s sequence, b micro batch, h hidden, f ffn_hidden_size; s/tp means cut over the tp axis
+
 _ACTIVATIONS = {"gelu": gelu, "gelu-tanh": gelu_tanh, "swiglu": swiglu}
 
 
@@ -34,5 +36,6 @@ class MLP(nn.Module):
         )
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
-        """up, nonlinearity, down."""
-        return self.down(self.activation(self.up(x, call)), call)
+        """up, nonlinearity, down: f is cut over tp in between."""
+        x = self.activation(self.up(x, call))  # [s or s/tp, b, h] -> [s, b, f/tp]
+        return self.down(x, call)

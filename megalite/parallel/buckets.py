@@ -30,6 +30,8 @@ from megalite.core.shard import (
     slices,
 )
 
+# flat tensors are [size]; a parameter's slot is its local tensor in row-major order
+
 ALIGN = 64
 """Parameters and shards start at multiples of this many elements: 128 bytes in 2-byte types."""
 

@@ -128,6 +128,7 @@ class Pipeline:
             assert x.grad is not None
             self._pass_on(action, x.grad)
 
+    @torch.no_grad()
     def _weights(self, action: Action) -> None:
         for job in self.later.pop((action.stage, action.microbatch)):
             job()

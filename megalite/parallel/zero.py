@@ -100,6 +100,10 @@ class Zero:
     def _on_landed(self, param: nn.Parameter) -> None:
         number = self._of[id(param)]
         self.landed[number] += 1
+        # One more would be written into memory that is being reduced.
+        assert self.landed[number] <= self.expected[number], (
+            "a gradient landed more often than its parameter's `uses` says, or before `begin`"
+        )
         if self.landed[number] == self.expected[number]:
             self._start(number)
 

@@ -176,3 +176,12 @@ def forward_only(schedule: Schedule) -> Schedule:
     """
     kept = tuple(tuple(a for a in rank if a.op is Op.F) for rank in schedule.actions)
     return dataclasses.replace(schedule, actions=kept)
+
+
+def first_microbatches(schedule: Schedule, num_microbatches: int) -> Schedule:
+    """The same schedule with its first microbatches alone.
+
+    Legal if the whole is: no microbatch waits for another.
+    """
+    kept = tuple(tuple(a for a in r if a.microbatch < num_microbatches) for r in schedule.actions)
+    return dataclasses.replace(schedule, num_microbatches=num_microbatches, actions=kept)

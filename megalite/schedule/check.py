@@ -44,10 +44,11 @@ def check(schedule: Schedule, *, cap: int | None = None, tied: Tie | None = None
     before it; each stage has one R after its last gradient; no ranks wait for each other in a
     circle; and no edge needs more than `cap` receives posted at once (None: DEFAULT_CAP). The two R
     of `tied` stages on different ranks are one collective: neither rank passes it before both have
-    reached it. A schedule without any backward (`forward_only`) has no R.
+    reached it; on one rank the stages share the table, and the first one's R comes after the
+    gradients of both. A schedule without any backward (`forward_only`) has no R.
     """
     _check_complete(schedule)
-    _check_order_on_ranks(schedule)
+    _check_order_on_ranks(schedule, tied)
     for _ in walk(schedule, tied=tied):
         pass
     limit = DEFAULT_CAP if cap is None else cap
@@ -162,12 +163,16 @@ def _expected(schedule: Schedule) -> set[Action]:
     return whole
 
 
-def _check_order_on_ranks(schedule: Schedule) -> None:
+def _check_order_on_ranks(schedule: Schedule, tied: Tie | None) -> None:
     """Raise ValueError if a rank's own list puts an action before one it needs."""
+    shared = {}
+    if tied is not None and schedule.placement[tied[0]] == schedule.placement[tied[1]]:
+        first, second = (Action(Op.R, stage, ALL_MICROBATCHES) for stage in tied)
+        shared[first] = needs(second, schedule)
     for rank, actions in enumerate(schedule.actions):
         done: set[Action] = set()
         for action in actions:
-            for earlier in needs(action, schedule):
+            for earlier in needs(action, schedule) + shared.get(action, ()):
                 if schedule.placement[earlier.stage] == rank and earlier not in done:
                     raise ValueError(f"{schedule.name}: rank {rank} does {action} before {earlier}")
             done.add(action)

@@ -1,156 +1,17 @@
 """The schedules by name. Each is a function of pipeline ranks, microbatches and stages a rank.
 
-`list_schedule` makes every schedule that a preference order and two caps describe (gpipe and 1f1b
-are one call each); `interleaved` follows Megatron's order instead. A new schedule is a function
-that returns a Schedule, and one line in SCHEDULES to name it. What makes one legal: check.py.
+Four of them are a preference order and two caps (listing.py); `interleaved` and `zb_v` write their
+order down. A new schedule is a function that returns a Schedule, and one line in SCHEDULES to name
+it; a user's own needs no line (custom.py). What makes one legal: check.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from heapq import heappop, heappush
+from collections import Counter
+from collections.abc import Callable
 
-from megalite.schedule.action import (
-    ALL_MICROBATCHES,
-    GRADIENT_OPS,
-    UNIT_COST,
-    Action,
-    Op,
-    Schedule,
-    needs,
-)
-
-PerRank = Callable[[int], int]
-
-
-def list_schedule(
-    name: str,
-    num_microbatches: int,
-    *,
-    placement: tuple[int, ...],
-    prefer: Sequence[Op],
-    cap: PerRank,
-    hold: PerRank | None = None,
-) -> Schedule:
-    """Let each rank, whenever free, take the first action that is ready, in order of `prefer`.
-
-    `cap(rank)` bounds the microbatches between F and the op that sends their gradient on (B or I),
-    which is how far forwards run ahead; `hold(rank)` those between F and the op that frees their
-    activations (B or W), which is memory. UNIT_COST decides what is ready when; the order that
-    comes out serves whatever the real costs are. Raises ValueError if the caps stop all progress.
-    """
-    ready = _Ready(name, num_microbatches, placement, tuple(prefer))
-    num_ranks = max(placement) + 1
-    ahead, held = [0] * num_ranks, [0] * num_ranks
-    order: list[list[Action]] = [[] for _ in range(num_ranks)]
-    busy = [False] * num_ranks
-    running: list[tuple[float, int, Action]] = []
-    now, woken = 0.0, set(range(num_ranks))
-    while True:
-        for rank in woken:
-            may_forward = ahead[rank] < cap(rank) and (hold is None or held[rank] < hold(rank))
-            if not busy[rank] and (action := ready.take(rank, may_forward)) is not None:
-                order[rank].append(action)
-                ahead[rank] += (action.op is Op.F) - (action.op in (Op.B, Op.I))
-                held[rank] += (action.op is Op.F) - (action.op in GRADIENT_OPS)
-                busy[rank] = True
-                heappush(running, (now + UNIT_COST[action.op], rank, action))
-        if not running:
-            break
-        # All that ends at one moment is seen before anyone chooses: ties do not depend on rank.
-        now, woken = running[0][0], set()
-        while running and running[0][0] == now:
-            _, rank, action = heappop(running)
-            busy[rank] = False
-            woken.add(rank)
-            woken |= ready.finish(action)
-    if ready.unfinished:
-        raise ValueError(
-            f"{name}: no rank may go on with {ready.unfinished} actions left (raise cap or hold)"
-        )
-    return Schedule(name, num_microbatches, placement, _with_reductions(order, placement))
-
-
-class _Ready:
-    """The actions that may start, by rank and op, kept up to date as actions finish."""
-
-    def __init__(
-        self, name: str, num_microbatches: int, placement: tuple[int, ...], prefer: tuple[Op, ...]
-    ) -> None:
-        self.placement = placement
-        self.forward = prefer.index(Op.F)
-        self.rank_of_op = {op: i for i, op in enumerate(prefer)}
-        everything = tuple(
-            Action(op, stage, m)
-            for op in prefer
-            for stage in range(len(placement))
-            for m in range(num_microbatches)
-        )
-        # Not an order yet: only what `needs` has to know, the sizes and whether backward is split.
-        whole = Schedule(name, num_microbatches, placement, (everything,))
-        self.unfinished = len(everything)
-        self.missing: dict[Action, int] = {}
-        self.followers: dict[Action, list[Action]] = {}
-        self.heaps: list[list[list[tuple[int, Action]]]] = [
-            [[] for _ in prefer] for _ in range(max(placement) + 1)
-        ]
-        for action in everything:
-            before = needs(action, whole)
-            self.missing[action] = len(before)
-            for earlier in before:
-                self.followers.setdefault(earlier, []).append(action)
-            if not before:
-                self._add(action)
-
-    def take(self, rank: int, may_forward: bool) -> Action | None:
-        """Take out the action that `rank` prefers, of one op the earliest microbatch."""
-        for i, heap in enumerate(self.heaps[rank]):
-            if heap and (may_forward or i != self.forward):
-                return heappop(heap)[1]
-        return None
-
-    def finish(self, action: Action) -> set[int]:
-        """Count `action` as done. Returns the ranks that have something more to do."""
-        self.unfinished -= 1
-        woken = set()
-        for follower in self.followers.pop(action, ()):
-            self.missing[follower] -= 1
-            if not self.missing[follower]:
-                self._add(follower)
-                woken.add(self.placement[follower.stage])
-        return woken
-
-    def _add(self, action: Action) -> None:
-        heap = self.heaps[self.placement[action.stage]][self.rank_of_op[action.op]]
-        heappush(heap, (action.microbatch, action))
-
-
-def _with_reductions(
-    order: Sequence[Sequence[Action]], placement: tuple[int, ...]
-) -> tuple[tuple[Action, ...], ...]:
-    """`order` with one R a stage, right after the last action that adds to the stage's gradients.
-
-    The last stage's R comes at the end of its rank's list if stage 0 lives elsewhere. With a tied
-    table it meets the R of stage 0, which is the last action of the whole step: standing earlier,
-    it would hold up the backward that stage 0 waits for.
-    """
-    last = len(placement) - 1
-    meets = placement[0] != placement[last]
-    result = []
-    for actions in order:
-        final = {a.stage: i for i, a in enumerate(actions) if a.op in GRADIENT_OPS}
-        after = {i: stage for stage, i in final.items()}
-        if meets and last in final:
-            del after[final[last]]
-        merged = []
-        for i, action in enumerate(actions):
-            merged.append(action)
-            if i in after:
-                merged.append(Action(Op.R, after[i], ALL_MICROBATCHES))
-        if meets and last in final:
-            merged.append(Action(Op.R, last, ALL_MICROBATCHES))
-        result.append(tuple(merged))
-    return tuple(result)
+from megalite.schedule.action import Action, Op, Schedule
+from megalite.schedule.listing import list_schedule, with_reductions
 
 
 def gpipe(pp: int, num_microbatches: int, vpp: int = 1) -> Schedule:
@@ -212,8 +73,90 @@ def interleaved(pp: int, num_microbatches: int, vpp: int) -> Schedule:
         order.append([a for a in actions if a.microbatch < num_microbatches])
     placement = tuple(stage % pp for stage in range(pp * vpp))
     return Schedule(
-        f"interleaved-{vpp}", num_microbatches, placement, _with_reductions(order, placement)
+        f"interleaved-{vpp}", num_microbatches, placement, with_reductions(order, placement)
     )
+
+
+def zb_h1(pp: int, num_microbatches: int, vpp: int = 1) -> Schedule:
+    """1F1B's memory with a third of its bubble: W fills what I leaves. No rank holds more than pp.
+
+    Qi et al. 2023 (arXiv 2401.10241), section 2: with F = I = W = 1 and pp microbatches or more
+    it takes 3 n + pp - 1.
+    """
+    _check_sizes("zb-h1", pp, num_microbatches, vpp)
+    return list_schedule(
+        "zb-h1",
+        num_microbatches,
+        placement=tuple(range(pp)),
+        prefer=(Op.F, Op.I, Op.W),
+        cap=lambda rank: pp - rank,
+        hold=lambda rank: pp,
+    )
+
+
+def zb_h2(pp: int, num_microbatches: int, vpp: int = 1) -> Schedule:
+    """No bubble between a rank's first and last action, for twice the memory of 1F1B.
+
+    Qi et al. 2023 (arXiv 2401.10241), section 2: with F = I = W, and 2 pp - 1 microbatches or
+    more. Ranks start and end at different times, so a barrier between steps brings pp - 1 back.
+    """
+    _check_sizes("zb-h2", pp, num_microbatches, vpp)
+    return list_schedule(
+        "zb-h2",
+        num_microbatches,
+        placement=tuple(range(pp)),
+        prefer=(Op.I, Op.F, Op.W),
+        cap=lambda rank: 2 * (pp - rank) - 1,
+        hold=lambda rank: 2 * pp - 1,
+    )
+
+
+def zb_v(pp: int, num_microbatches: int, vpp: int = 2) -> Schedule:
+    """Two stages a rank in a V, down the ranks and up again: zb-h2's bubble in 1F1B's memory.
+
+    Rank r holds stages r and 2 pp - 1 - r, so the first rank has both ends of the model, and a rank
+    starts backward on its second stage soon after its forward. With F = I = W and 2 pp - 1
+    microbatches or more no rank waits in its own span; none holds more than 2 pp half-size stages.
+    Qi et al. 2024 (arXiv 2405.15362), where it is V-ZB.
+    """
+    if vpp != 2:
+        raise ValueError(f"zb-v has two stages a rank, got --vpp {vpp} (use --vpp 2)")
+    _check_sizes("zb-v", pp, num_microbatches)
+    order = [
+        [a for a in _v_order(rank, pp, num_microbatches) if a.microbatch < num_microbatches]
+        for rank in range(pp)
+    ]
+    placement = (*range(pp), *reversed(range(pp)))
+    return Schedule("zb-v", num_microbatches, placement, with_reductions(order, placement))
+
+
+def _v_order(rank: int, pp: int, num_microbatches: int) -> list[Action]:
+    """What one rank of zb-v does, turn by turn; it runs on past the last microbatch.
+
+    Forwards go down until the first comes up again; then the two take turns, then the second stage
+    runs F I W until the first backward has come down to it. The steady turn has all six. At the end
+    input gradients hurry, since other ranks wait for them, and weight gradients fill what is left.
+    """
+    down, up = rank, 2 * pp - 1 - rank
+    steady = max(num_microbatches - pp, 0)
+    turns = (
+        (2 * (pp - rank) - 1, ((Op.F, down),)),
+        (rank, ((Op.F, up), (Op.F, down))),
+        (pp - rank, ((Op.F, up), (Op.I, up), (Op.W, up))),
+        (steady, tuple((op, stage) for stage in (down, up) for op in (Op.F, Op.I, Op.W))),
+        (rank, ((Op.I, down), (Op.I, up))),
+        (pp - rank, ((Op.I, down), (Op.W, down))),
+        (rank, ((Op.W, up),)),
+        (rank, ((Op.W, down),)),
+    )
+    actions: list[Action] = []
+    next_of: Counter[tuple[Op, int]] = Counter()
+    for count, turn in turns:
+        for _ in range(count):
+            for op, stage in turn:
+                actions.append(Action(op, stage, next_of[op, stage]))
+                next_of[op, stage] += 1
+    return actions
 
 
 def _check_sizes(name: str, pp: int, num_microbatches: int, vpp: int = 1) -> None:
@@ -227,13 +170,20 @@ def _check_sizes(name: str, pp: int, num_microbatches: int, vpp: int = 1) -> Non
         )
     if vpp != 1:
         raise ValueError(
-            f"{name} has one stage a rank, got --vpp {vpp} (use --schedule interleaved, or --vpp 1)"
+            f"{name} has one stage a rank, got --vpp {vpp} "
+            "(use --schedule interleaved or zb-v, or --vpp 1)"
         )
 
+
+CHUNKED = ("interleaved", "zb-v")
+"""Those of SCHEDULES whose ranks hold more than one stage."""
 
 SCHEDULES: dict[str, Callable[[int, int, int], Schedule]] = {
     "gpipe": gpipe,
     "1f1b": one_f_one_b,
     "interleaved": interleaved,
+    "zb-h1": zb_h1,
+    "zb-h2": zb_h2,
+    "zb-v": zb_v,
 }
 """Schedule by name, called as `SCHEDULES[name](pp, num_microbatches, vpp)`."""

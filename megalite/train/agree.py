@@ -18,8 +18,8 @@ from megalite.core.mesh import Mesh
 def check_agreement(config: Config, mesh: Mesh, device: torch.device) -> None:
     """Raise UserError, alike on every rank, if two ranks have different configs or versions.
 
-    All ranks call it together, over a mesh that does not follow from the config: ranks that disagree on the
-    layout would make other groups each.
+    All ranks call it together, over a mesh that does not follow from the config: ranks that
+    disagree on the layout would make other groups each.
     """
     facts = json.dumps(_facts(config))
     digest = int.from_bytes(hashlib.sha256(facts.encode()).digest()[:7], "little")

@@ -31,7 +31,8 @@ from megalite.parallel.pipeline import Pipeline
 from megalite.parallel.zero import Zero
 from megalite.schedule.action import Schedule
 from megalite.schedule.check import check
-from megalite.schedule.generators import SCHEDULES
+from megalite.schedule.custom import load_schedule
+from megalite.train.agree import check_agreement
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BUCKET_MB = {"cpu": 4.0, "cuda": 64.0}
@@ -62,7 +63,10 @@ def schedule_maker(config: Config) -> Callable[[int], Schedule]:
     run.
     """
     layout = config.layout
-    make = SCHEDULES[layout.schedule]
+    try:
+        make = load_schedule(layout.schedule)
+    except ValueError as e:
+        raise UserError(f"--schedule {e}") from None
 
     @lru_cache(maxsize=8)
     def schedule(num_microbatches: int) -> Schedule:
@@ -115,6 +119,8 @@ def build_mesh(config: Config, world: World, device: torch.device) -> Mesh:
         rank=world.rank, world_size=world.size, backend=backend, timeout=TIMEOUT, device=device
     )
     kind = "real" if world.size > 1 else "single"
+    # Before the layout's groups are made: ranks that disagree on it would wait for each other.
+    check_agreement(config, Mesh({"dp": world.size}, rank=world.rank, kind=kind), device)
     return Mesh(
         mesh_sizes(config, world.size),
         rank=world.rank,

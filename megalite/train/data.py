@@ -43,7 +43,8 @@ def open_data(config: Config, prefix: str, mesh: Mesh) -> tuple[TokenSource, str
     windows = Windows(dataset.tokens, model.seq_len)
     if len(windows) == 0:
         raise DataError(
-            f"{prefix}.bin: {len(dataset.tokens)} tokens, one sample needs --seq-len + 1 = {model.seq_len + 1}"
+            f"{prefix}.bin: {len(dataset.tokens)} tokens, one sample needs --seq-len + 1 = "
+            f"{model.seq_len + 1}"
         )
     return (
         windows,
@@ -52,7 +53,7 @@ def open_data(config: Config, prefix: str, mesh: Mesh) -> tuple[TokenSource, str
 
 
 def _check_ids(dataset: IndexedDataset, vocab_size: int, mesh: Mesh) -> None:
-    """Raise DataError, on every rank, if a token does not fit; rank 0 reads them all and prints the line."""
+    """Raise DataError, on every rank, if a token does not fit; rank 0 alone reads them all."""
     wrong = DataError(f"{dataset.bin_path}: rank 0 found a token that does not fit")
     is_wrong = False
     if mesh.rank == 0:
@@ -74,8 +75,6 @@ def _check_tokenizer(config: Config, prefix: str) -> None:
     ours = Tokenizer.load(config.data.tokenizer).sha256
     if isinstance(claimed, str) and claimed != ours:
         raise DataError(
-            f"{prefix}: made with tokenizer {claimed[:8]}, --tokenizer {config.data.tokenizer} is {ours[:8]} "
-            "(preprocess the text again with this one)"
+            f"{prefix}: made with tokenizer {claimed[:8]}, --tokenizer {config.data.tokenizer} is "
+            f"{ours[:8]} (preprocess the text again with this one)"
         )
-
-

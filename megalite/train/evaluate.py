@@ -20,7 +20,7 @@ from megalite.train.build import Engine
 # s sequence, b micro batch, v vocabulary
 
 GZIP_LIMIT = 4 * 2**20
-"""Tokens beyond these are left out when the held-out text is compressed: gzip's ratio has settled by then."""
+"""Held-out tokens beyond these are not compressed: gzip's ratio has settled by then."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def held_out(loader: Loader, tokenizer: Tokenizer | None) -> HeldOut:
 
 
 def evaluate(engine: Engine, data: HeldOut, samples: int) -> tuple[float, float | None]:
-    """Mean loss and bits per byte over the first `samples` held-out windows; all ranks call it together."""
+    """Mean loss and bits per byte of the first `samples` windows; all ranks call it together."""
     loader, dp = data.loader, engine.mesh.axis("dp")
     samples = min(samples, len(loader.source))
     at_once = loader.micro_batch_size * loader.num_microbatches * dp.size
@@ -70,7 +70,7 @@ def evaluate(engine: Engine, data: HeldOut, samples: int) -> tuple[float, float 
 
 
 def pipeline_logits(engine: Engine) -> NextLogits:
-    """Next-token logits of a model that is cut over tp and pp: the same on every rank of a pipeline."""
+    """Next-token logits of a model cut over tp and pp: the same on every rank of a pipeline."""
     tp, pp = engine.mesh.axis("tp"), engine.mesh.axis("pp")
     vocab = engine.config.model.vocab_size
     placement = engine.pipeline.schedule.placement

@@ -1,7 +1,8 @@
-"""How a run ends when it does not reach its last step: one cause on the screen, tracebacks in logs/, exit codes.
+"""How a run ends before its last step: one cause on the screen, tracebacks in logs/, exit codes.
 
-Ctrl-C and SIGTERM end it in order, after a step and a checkpoint. A rank that fails says why, once for the
-whole run: the first to make `logs/cause` speaks, the others, and those that only lost their peer, are silent.
+Ctrl-C and SIGTERM end it in order, after a step and a checkpoint. A rank that fails says why, once
+for the whole run: the first to make `logs/cause` speaks, the others, and those that only lost their
+peer, are silent.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from megalite.core.world import World
 
 
 class Stopped(Exception):
-    """The run ended in order before its last step: every rank has saved and raises this together."""
+    """The run ended in order before its last step: all ranks have saved and raise this together."""
 
     def __init__(self, signal_number: int):
         # A rank that was told to stop by the others ends as if by SIGTERM.
@@ -68,7 +69,8 @@ def failures_told(config: Config, world: World) -> Iterator[None]:
         sys.exit(RunError.exit_code)
     except (RunError, CheckpointError) as e:
         _write_traceback(config, world)
-        # What is wrong with a checkpoint is wrong for every rank; that rank may be the only one to see it.
+        # A damaged checkpoint may be seen by one rank alone, so it is not left to the front door;
+        # but which rank saw it says nothing.
         _tell(config, str(e) if isinstance(e, CheckpointError) else f"{place}: {e}")
         sys.exit(e.exit_code)
     except UserError:

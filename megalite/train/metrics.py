@@ -32,13 +32,12 @@ class Metrics:
     """The two logs of one run, on rank 0; a resumed run goes on in them from its step."""
 
     def __init__(self, out: Path, *, from_step: int):
-        from torch.utils.tensorboard.writer import (
-            SummaryWriter,
-        )  # slow to import; rank 0 alone pays
+        # Slow to import, and rank 0 alone needs it.
+        from torch.utils.tensorboard.writer import SummaryWriter
 
         self.path = out / "metrics.jsonl"
         _forget_after(self.path, from_step)
-        self.file = open(self.path, "a", encoding="utf-8")
+        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (until close)
         purge = from_step + 1 if from_step else None
         self.board = SummaryWriter(str(out / "tb"), purge_step=purge)
 

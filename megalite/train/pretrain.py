@@ -16,8 +16,8 @@ import torch
 
 import megalite
 from megalite.checkpoint import manifest as mf
-from megalite.checkpoint.load import Reader, load_optimizer, load_weights
-from megalite.checkpoint.save import remove_partial, save
+from megalite.checkpoint.load import Reader, load_optimizer, load_weights, newest_for_all
+from megalite.checkpoint.save import check_space, remove_partial, save
 from megalite.core import comm
 from megalite.core import mesh as mesh_module
 from megalite.core.config import Config
@@ -28,7 +28,6 @@ from megalite.models.build import head_flops, layer_flops
 from megalite.optim.lr import learning_rate
 from megalite.schedule.simulate import bubble
 from megalite.train import console
-from megalite.train.agree import check_agreement
 from megalite.train.build import (
     build_engine,
     build_mesh,
@@ -38,7 +37,7 @@ from megalite.train.build import (
 )
 from megalite.train.data import find_tokenizer, open_data
 from megalite.train.evaluate import HeldOut, evaluate, held_out, sample
-from megalite.train.failure import Stop, failures_told, forget_cause
+from megalite.train.failure import Stop, Stopped, failures_told, forget_cause
 from megalite.train.loop import Reduced, train_step
 from megalite.train.metrics import Metrics, peak_memory_gb
 from megalite.train.pictures import draw_loss, draw_schedule, timeline
@@ -67,7 +66,6 @@ class Run:
         self.device = pick_device(config, world)
         dtype = pick_dtype(config, self.device)
         self.mesh = build_mesh(config, world, self.device)
-        check_agreement(config, self.mesh, self.device)
         self.stop = Stop()
         self.stop.listen()
         self.tokenizer = find_tokenizer(config)
@@ -77,6 +75,7 @@ class Run:
         self.engine = build_engine(config, self.mesh, device=self.device, dtype=dtype)
         self.loader = self._loader(source)
         self.held_out = self._held_out()
+        check_space(self.out, self.engine.optimizer, self.mesh)
         self.step, self.samples, self.tokens = self._start_point()
         self.last_eval: tuple[float, float | None] | None = None
 
@@ -115,7 +114,7 @@ class Run:
                 saved = self.step
             if asked and self.step < train.train_steps:
                 self._say_stopped(saved)
-                return
+                raise Stopped(self.stop.signal_number)
         self._finish(time.monotonic() - began)
 
     @property
@@ -222,14 +221,14 @@ class Run:
         if self._is_first:
             remove_partial(self.out / "checkpoints")
         if train.resume:
-            directory, manifest, passed_over = mf.newest(self.out)
+            directory, manifest, passed_over = newest_for_all(self.out, self.mesh, self.device)
             for reason in passed_over:
                 self._say(f"megalite: warning: {reason}; using {directory.name}")
             _check_same_model(self.config, manifest, directory)
             load_optimizer(Reader(directory, manifest), self.engine.optimizer)
             return manifest.step, manifest.samples, manifest.tokens
         if train.init_from:
-            directory, manifest, _ = mf.newest(Path(train.init_from))
+            directory, manifest, _ = newest_for_all(Path(train.init_from), self.mesh, self.device)
             _check_same_model(self.config, manifest, directory)
             for stage in self.engine.stages.values():
                 load_weights(Reader(directory, manifest), dict(stage.named_parameters()))

@@ -31,8 +31,8 @@ def check_pairs_are_adjoint(rank: int, world: int) -> None:
         (comm.replicate, drawn(1, rows, 3)[0], drawn(world, rows, 3, seed=2)[rank], False, True),
         (comm.reduce, drawn(world, rows, 3)[rank], drawn(1, rows, 3, seed=2)[0], True, False),
         (comm.gather, drawn(world, 2, 3)[rank], drawn(world, rows, 3, seed=2)[rank], False, False),
-        (comm.scatter_sum, drawn(world, rows, 3)[rank], drawn(world, 2, 3, seed=2)[rank], False, False),
-    ]  # fmt: skip
+        (comm.scatter_sum, drawn(world, rows, 3)[rank], drawn(world, 2, 3)[rank], False, False),
+    ]
     for pair, x, y, one_output, one_input in cases:
         x.requires_grad_()
         z = pair(x, axis)

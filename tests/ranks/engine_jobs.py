@@ -1,4 +1,4 @@
-"""What the ranks of test_engine.py do: run schedules and forks by hand and compare with one process."""
+"""What the ranks of test_engine.py do: schedules and forks by hand, against one process."""
 
 from __future__ import annotations
 

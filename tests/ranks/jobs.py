@@ -1,7 +1,8 @@
 """What the ranks of an oracle row do: train a few steps and compare every number with one process.
 
-The one-process run writes its losses, gradients, norms and weights as whole tensors; a rank of a layout reads
-them and compares its own boxes, found through each parameter's Shard. No number is gathered to be compared.
+The one-process run writes its losses, gradients, norms and weights as whole tensors; a rank of a
+layout reads them and compares its own boxes, found through each parameter's Shard. No number is
+gathered to be compared.
 """
 
 from __future__ import annotations
@@ -87,8 +88,8 @@ def compare(
 ) -> dict:
     """Train this layout and compare with the file that `reference` wrote.
 
-    Gives the worst error of each kind with the tensor's name, and how many numbers of each step's gradients
-    this rank owns: over all ranks they are the model, once.
+    Gives the worst error of each kind with the tensor's name, and how many numbers of each step's
+    gradients this rank owns: over all ranks they are the model, once.
     """
     engine = engine_of(Config.from_dict(config), rank, world, dtype)
     want = dict(np.load(Path(ref)))
@@ -116,11 +117,10 @@ def compare(
 
 
 def _compare_grads(engine: Engine, step: int, correction: torch.Tensor, want: dict, see) -> int:
-    zero, owned = engine.zero, 0
+    zero, owned, axes = engine.zero, 0, engine.mesh.axes
     for bucket in zero.buckets:
         base, end = zero.updated_range(bucket)
         flat = zero.grads_of(bucket)
-        axes = engine.mesh.axes
         for part in bucket.layout.boxes((base, end), lambda slot: slot.shard.pieces(axes)):
             whole = want[f"{step}/grad/{part.slot.name}"]
             ours = (part.of(flat, base).double() * correction).numpy()

@@ -20,7 +20,7 @@ from megalite.train.pretrain import pretrain
 
 
 def train(rank: int, world: int, config: dict, signal_at: int = 0, signalled: int = 0) -> dict:
-    """Run `pretrain`; rank `signalled` sends itself SIGINT when metrics.jsonl has `signal_at` lines."""
+    """Run `pretrain`; rank `signalled` sends itself SIGINT after `signal_at` lines of metrics."""
     here = World(rank=rank, size=world, local_rank=rank, local_size=world, launched=world > 1)
     if signal_at and rank == signalled:
         metrics = Path(config["train"]["out"]) / "metrics.jsonl"
@@ -54,3 +54,8 @@ def disagree(rank: int, world: int, config: dict, lr_of: list[float]) -> str:
     except UserError as e:
         return str(e)
     return ""
+
+
+def train_apart(rank: int, world: int, configs: list[dict]) -> dict:
+    """Run `pretrain` with a config for each rank."""
+    return train(rank, world, configs[rank])

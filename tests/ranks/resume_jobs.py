@@ -13,10 +13,11 @@ import torch
 
 from megalite.checkpoint import manifest as mf
 from megalite.checkpoint import save as save_module
-from megalite.checkpoint.load import Reader, load_optimizer, load_weights
+from megalite.checkpoint.load import Reader, load_optimizer, load_weights, newest_for_all
 from megalite.checkpoint.save import save
 from megalite.core.config import Config
-from megalite.core.errors import PeerFailed, RunError
+from megalite.core.errors import CheckpointError, PeerFailed, RunError
+from megalite.core.mesh import Mesh
 from megalite.core.params import named_parameters, traits_of
 from megalite.core.shard import slices
 from megalite.data.loader import Loader, Synthetic
@@ -83,7 +84,7 @@ def resume(rank: int, world: int, config: dict, run: str) -> dict:
     """Go on from the newest checkpoint, in processes that know nothing of the run before."""
     engine = engine_of(Config.from_dict(config), rank, world, "float32")
     fresh = state_of(engine)
-    directory, manifest, _ = mf.newest(Path(run))
+    directory, manifest, _ = newest_for_all(Path(run), engine.mesh, engine.device)
     load_optimizer(Reader(directory, manifest), engine.optimizer)
     at_10 = state_of(engine)
     _, losses = advance(engine, manifest.samples, 10)
@@ -98,7 +99,7 @@ def train_and_save(rank: int, world: int, config: dict, out: str) -> None:
 
 
 def load_elsewhere(rank: int, world: int, config: dict, run: str, weights_only: bool) -> list:
-    """Load another layout's checkpoint; gives the name, box and numbers of all that this rank holds."""
+    """Load another layout's checkpoint; gives name, box and numbers of what this rank holds."""
     engine = engine_of(Config.from_dict(config), rank, world, "float32")
     for bucket in engine.zero.buckets:
         bucket.params.fill_(7.0)  # a number that is not loaded shows
@@ -141,6 +142,18 @@ def save_and_fail(rank: int, world: int, config: dict, out: str, who: int, how: 
             "passed_over": passed_over,
         }
     raise AssertionError("a full disk went unnoticed")
+
+
+def choose(rank: int, world: int, run: str, blind: list[int]) -> dict:
+    """What `newest_for_all` gives where the ranks in `blind` cannot read manifests."""
+    mesh = Mesh({"dp": world}, rank=rank, kind="real")
+    if rank in blind:
+        mf.NAME = "NOT-THERE.json"
+    try:
+        found = newest_for_all(Path(run), mesh, torch.device("cpu"))
+    except (CheckpointError, PeerFailed) as e:
+        return {"raised": type(e).__name__}
+    return {"directory": found[0].name, "step": found[1].step, "passed_over": len(found[2])}
 
 
 def greedy(rank: int, world: int, config: dict) -> list[list[int]]:

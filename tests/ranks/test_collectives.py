@@ -24,6 +24,8 @@ def test_log_says_what_was_asked_what_went_out_where_from_and_when_it_ended(run_
         ]
 
 
-@pytest.mark.parametrize(("world", "vocab", "width"), [(2, 12, 6), (2, 11, 6), (4, 9, 3), (4, 5, 2)])
+@pytest.mark.parametrize(
+    ("world", "vocab", "width"), [(2, 12, 6), (2, 11, 6), (4, 9, 3), (4, 5, 2)]
+)
 def test_cut_cross_entropy_equals_torch_with_padding_and_masks(world, vocab, width, run_ranks):
     run_ranks(JOBS + "check_cross_entropy", world, vocab=vocab, width=width)

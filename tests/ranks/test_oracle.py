@@ -1,7 +1,7 @@
 """Every layout equals one process. A feature adds a row here, not a test file.
 
-Each row trains three steps on gloo ranks and compares loss, gradient norm, every gradient and every updated
-weight with the one-process float64 run of the same model and batch.
+Each row trains three steps on gloo ranks and compares loss, gradient norm, every gradient and every
+updated weight with the one-process float64 run of the same model and batch.
 """
 
 from __future__ import annotations
@@ -25,14 +25,22 @@ TOL = {
 GPT = ModelConfig(
     num_layers=4, hidden_size=48, num_heads=12, vocab_size=61, seq_len=12, init_std=0.1
 )
-LLAMA = replace(GPT, norm="rmsnorm", activation="swiglu", position="rope", bias=False, tie_embeddings=False,
-                ffn_hidden_size=96)  # fmt: skip
+LLAMA = replace(
+    GPT,
+    norm="rmsnorm",
+    activation="swiglu",
+    position="rope",
+    bias=False,
+    tie_embeddings=False,
+    ffn_hidden_size=96,
+)
 UNTIED = replace(GPT, tie_embeddings=False)
 EVERYTHING = replace(
     LLAMA, qk_norm=True, sliding_window=5, logit_soft_cap=4.0, attention_soft_cap=3.0
 )
 DROPOUT = replace(GPT, dropout=0.2, attention_dropout=0.1)
 SMALL = replace(GPT, num_layers=1, hidden_size=12, num_heads=3)
+MY_SCHEDULE = f"{Path(__file__).resolve().parents[2]}/examples/my_schedule.py:my_schedule"
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,8 @@ ROWS = [
     Row("pp2 uneven 3,1", GPT, {"pp": 2, "pp_layers": (3, 1)}),
     Row("pp2 interleaved uneven", replace(GPT, num_layers=7),
         {"pp": 2, "vpp": 2, "schedule": "interleaved", "pp_layers": (1, 3, 2, 1)}),
-    Row("pp2 interleaved odd microbatches", UNTIED, {"pp": 2, "vpp": 2, "schedule": "interleaved"}, batch=6),
+    Row("pp2 interleaved odd microbatches", UNTIED,
+        {"pp": 2, "vpp": 2, "schedule": "interleaved"}, batch=6),
     Row("dp2 zero0", GPT, {"dp": 2, "zero": 0}),
     Row("dp2 zero1", GPT, {"dp": 2}),
     Row("dp3 zero1", GPT, {"dp": 3}, batch=12),
@@ -96,9 +105,11 @@ ROWS = [
     Row("tp2 dp2 zero0", GPT, {"tp": 2, "dp": 2, "zero": 0}),
     Row("tp2 dp2 zero1 no-sp", GPT, {"tp": 2, "dp": 2, "sequence_parallel": False}),
     Row("pp2 dp2 zero1", GPT, {"pp": 2, "dp": 2}),
-    Row("pp2 dp2 zero0 interleaved", GPT, {"pp": 2, "dp": 2, "zero": 0, "vpp": 2, "schedule": "interleaved"}),
+    Row("pp2 dp2 zero0 interleaved", GPT,
+        {"pp": 2, "dp": 2, "zero": 0, "vpp": 2, "schedule": "interleaved"}),
     Row("tp2 pp2 dp2 zero1", GPT, {"tp": 2, "pp": 2, "dp": 2}),
-    Row("tp2 pp2 dp2 zero0 gpipe", GPT, {"tp": 2, "pp": 2, "dp": 2, "zero": 0, "schedule": "gpipe"}),
+    Row("tp2 pp2 dp2 zero0 gpipe", GPT,
+        {"tp": 2, "pp": 2, "dp": 2, "zero": 0, "schedule": "gpipe"}),
     Row("tp2 pp2 dp2 untied interleaved", UNTIED,
         {"tp": 2, "pp": 2, "dp": 2, "vpp": 2, "schedule": "interleaved"}),
     Row("untied pp2", UNTIED, {"pp": 2}),
@@ -114,9 +125,11 @@ ROWS = [
     Row("llama tp4 kv2 no-sp dp2", replace(LLAMA, num_kv_heads=2),
         {"tp": 4, "dp": 2, "sequence_parallel": False}),
     Row("llama tp2 pp2 dp2 kv1", replace(LLAMA, num_kv_heads=1), {"tp": 2, "pp": 2, "dp": 2}),
-    Row("llama kv4 tied tp2 pp2", replace(LLAMA, num_kv_heads=4, tie_embeddings=True), {"tp": 2, "pp": 2}),
+    Row("llama kv4 tied tp2 pp2", replace(LLAMA, num_kv_heads=4, tie_embeddings=True),
+        {"tp": 2, "pp": 2}),
     Row("biased kv2 tp4", replace(GPT, num_kv_heads=2), {"tp": 4}),
     Row("everything tp2 pp2", EVERYTHING, {"tp": 2, "pp": 2}),
+    Row("everything tp2 no-sp", EVERYTHING, {"tp": 2, "sequence_parallel": False}),
     Row("everything kv2 tp4 dp2", replace(EVERYTHING, num_kv_heads=2), {"tp": 4, "dp": 2}),
     Row("gelu-tanh tp2", replace(GPT, activation="gelu-tanh"), {"tp": 2}),
     Row("dropout tp2", DROPOUT, {"tp": 2}),
@@ -127,6 +140,16 @@ ROWS = [
     Row("float32 pp2 dp2", GPT, {"pp": 2, "dp": 2}, dtype="float32"),
     Row("float32 tp2 pp2 dp2", GPT, {"tp": 2, "pp": 2, "dp": 2}, dtype="float32"),
     Row("float32 llama tp4 kv2", replace(LLAMA, num_kv_heads=2), {"tp": 4}, dtype="float32"),
+    Row("zb-h1 pp2", GPT, {"pp": 2, "schedule": "zb-h1"}),
+    Row("zb-h1 pp4", GPT, {"pp": 4, "schedule": "zb-h1"}),
+    Row("zb-h2 pp2 dp2", GPT, {"pp": 2, "dp": 2, "schedule": "zb-h2"}),
+    Row("zb-h2 tp2 pp2", GPT, {"tp": 2, "pp": 2, "schedule": "zb-h2"}),
+    Row("zb-v pp2", GPT, {"pp": 2, "vpp": 2, "schedule": "zb-v"}),
+    Row("zb-v tp2 pp2 dp2 untied", UNTIED,
+        {"tp": 2, "pp": 2, "dp": 2, "vpp": 2, "schedule": "zb-v"}),
+    Row("zb-v pp3 uneven", replace(GPT, num_layers=9),
+        {"pp": 3, "vpp": 2, "schedule": "zb-v", "pp_layers": (1, 2, 1, 3, 1, 1)}),
+    Row("custom schedule pp3 dp2", GPT, {"pp": 3, "dp": 2, "schedule": MY_SCHEDULE}, batch=20),
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Whole runs of `megalite pretrain`: how they end, what they leave, and what they say when they fail."""
+"""Whole runs of `megalite pretrain`: how they end, what they leave, what they say if they fail."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from tests.unit.data.samples import make_text, make_tokenizer
 JOBS = "tests.ranks.pretrain_jobs"
 LAUNCH = Path(__file__).resolve().parents[2] / "examples" / "launch.sh"
 VOCAB = 600
-STEP_KEYS = (
-    "step tokens samples loss lr grad_norm step_ms tokens_per_s tflops_per_rank mfu peak_mem_gb "
-    "loss_scale skipped"
-).split()
-EVALUATION_KEYS = "step val_loss val_bits_per_byte gzip_bits_per_byte".split()
+STEP_KEYS = [
+    *("step", "tokens", "samples", "loss", "lr", "grad_norm", "step_ms", "tokens_per_s"),
+    *("tflops_per_rank", "mfu", "peak_mem_gb", "loss_scale", "skipped"),
+]
+EVALUATION_KEYS = ["step", "val_loss", "val_bits_per_byte", "gzip_bits_per_byte"]
 TINY = (
     f"--num-layers 2 --hidden-size 16 --num-heads 2 --vocab-size {VOCAB} --seq-len 16 "
     "--micro-batch-size 1 --global-batch-size 2 --device cpu --log-interval 1 --eval-samples 2"
@@ -196,6 +196,16 @@ def test_ranks_that_disagree_say_the_same_line(tmp_path, run_ranks):
     )
 
 
+def test_ranks_that_disagree_on_the_layout_do_not_wait_for_each_other(tmp_path, run_ranks):
+    configs = [config_of(tmp_path / "run", {axis: 2}).to_dict() for axis in ("tp", "pp")]
+    first, second = run_ranks(f"{JOBS}:train_apart", 2, timeout=30, configs=configs)
+    assert first == second and first["code"] == 2
+    assert re.match(
+        r"front door: config differs .* rank 1 \(\S+\) has tp=1, rank 0 has 2 ", first["err"]
+    )
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.fixture
 def done(tmp_path, train):
     """A run of four steps with a checkpoint at each second one."""
@@ -245,7 +255,7 @@ def test_damaged_newest_checkpoint_falls_back_with_a_warning(done, train):
     assert f"megalite: warning: {file}: sha256 differs" in one["out"]
     assert "using step-00000002" in one["out"] and "resumed at step 2 " in one["out"]
     assert mf.newest(out)[1].step == 6
-    mf.check_files(file.parent, mf.read(file.parent.with_name("step-00000006")))
+    mf.check_files(file.parent, mf.read(file.parent))  # written anew on the way
 
 
 def test_cuda_without_a_gpu_is_one_line(tmp_path, train):
@@ -256,5 +266,3 @@ def test_cuda_without_a_gpu_is_one_line(tmp_path, train):
     line = "front door: --device cuda: no GPU is visible to torch (use --device cpu)\n"
     assert (one["code"], one["err"]) == (2, line)
     assert not (tmp_path / "run").exists()
-
-

@@ -1,4 +1,4 @@
-"""A run that stops and goes on is the run that never stopped, and a checkpoint belongs to no layout."""
+"""A run that stops and goes on is the run that never stopped; a checkpoint is of no layout."""
 
 from __future__ import annotations
 
@@ -87,7 +87,13 @@ SAVED = [
     ({"tp": 2, "pp": 2, "dp": 2, "zero": 0}, MODEL),
     ({"tp": 4, "dp": 2, "zero": 1}, UNTIED_KV),
 ]
-LOADED = [{}, {"tp": 4}, {"pp": 4}, {"dp": 3}, {"tp": 2, "pp": 2, "vpp": 2, "schedule": "interleaved"}]
+LOADED = [
+    {},
+    {"tp": 4},
+    {"pp": 4},
+    {"dp": 3},
+    {"tp": 2, "pp": 2, "vpp": 2, "schedule": "interleaved"},
+]
 
 
 @pytest.mark.parametrize("saved, model", SAVED, ids=name_of)
@@ -128,18 +134,44 @@ def test_full_disk_of_one_rank_stops_all_and_leaves_the_earlier_checkpoint(
 ):
     layout = {"tp": 2, "pp": 2}
     config = config_of(layout).to_dict()
-    found = run_ranks(f"{JOBS}:save_and_fail", 4, config=config, out=str(tmp_path), who=who, how=how)
+    found = run_ranks(
+        f"{JOBS}:save_and_fail", 4, config=config, out=str(tmp_path), who=who, how=how
+    )
     assert [rank for rank, one in enumerate(found) if not one["silent"]] == [who]
     assert "No space left on device" in found[who]["text"]
     assert all(one["newest"] == "step-00000001" and not one["passed_over"] for one in found)
     assert [d.name for d in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
 
 
+def test_all_ranks_read_the_checkpoint_that_the_first_one_chose(run_ranks, tmp_path):
+    out = str(tmp_path / "checkpoints")
+    job = {"config": config_of({}).to_dict(), "out": out}
+    run_ranks(f"{JOBS}:train_through", 1, **job)
+    run_ranks(f"{JOBS}:train_and_save", 1, **job)
+    newest = tmp_path / "checkpoints" / "step-00000010"
+
+    def choose(path, blind=()):
+        return run_ranks(f"{JOBS}:choose", 3, run=str(path), blind=list(blind))
+
+    for path in (tmp_path, newest):
+        want = {"directory": newest.name, "step": 10, "passed_over": 0}
+        assert choose(path) == [want] * 3
+    assert [one["raised"] for one in choose(tmp_path, blind=[1])] == [
+        *("PeerFailed", "CheckpointError", "PeerFailed"),
+    ]
+    (newest / "shard-00000.safetensors").write_bytes(b"")
+    want = {"directory": "step-00000002", "step": 2, "passed_over": 0}
+    assert choose(tmp_path) == [{**want, "passed_over": 1}, want, want]
+    assert [one["raised"] for one in choose(newest)] == ["CheckpointError"] + 2 * ["PeerFailed"]
+
+
 @pytest.mark.parametrize("layout", [{"tp": 2, "pp": 2}, {"pp": 2, "dp": 2}], ids=name_of)
 @pytest.mark.parametrize("model", [MODEL, UNTIED_KV], ids=["tied", "untied"])
 def test_pipeline_generates_what_one_process_does(layout, model, run_ranks):
     (alone,) = run_ranks(f"{JOBS}:greedy", 1, config=config_of({}, model).to_dict())
-    together = run_ranks(f"{JOBS}:greedy", world_of(layout), config=config_of(layout, model).to_dict())
+    together = run_ranks(
+        f"{JOBS}:greedy", world_of(layout), config=config_of(layout, model).to_dict()
+    )
     assert all(len(made) == 12 for made in alone)
     assert len({json.dumps(made) for made in alone}) == 3
     assert together == [alone] * len(together)

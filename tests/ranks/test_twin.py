@@ -1,4 +1,4 @@
-"""Our one-process engine equals a plain torch model: what the oracle's reference itself rests on."""
+"""Our one-process engine equals a plain torch model: what the oracle's reference rests on."""
 
 from __future__ import annotations
 

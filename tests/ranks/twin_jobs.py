@@ -1,4 +1,4 @@
-"""What a forked process does for test_twin.py: train our one-process engine beside the plain twin."""
+"""What test_twin.py runs in a forked process: our one-process engine beside the plain twin."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.ranks.jobs import calls_of, engine_of
 
 
 def compare_with_twin(rank: int, world: int, config: dict, steps: int) -> dict[str, float]:
-    """The worst error of each kind over all steps and tensors, relative to the tensor's largest number."""
+    """The worst error of each kind, relative to the largest number of its tensor."""
     torch.set_default_dtype(torch.float64)
     engine = engine_of(Config.from_dict(config), rank, world, "float64")
     params = dict(named_parameters(engine.stages[0]))

@@ -1,7 +1,7 @@
-"""Damaged text, tokens and tokenizers at the front door: one line, exit code 3, nothing left behind.
+"""Damaged text, tokens and tokenizers at the front door: one line, exit code 3, nothing left.
 
-Each row makes files, runs a command and names the whole line. What the functions behind it refuse in
-detail is tested in tests/unit/data/.
+Each row makes files, runs a command and names the whole line. What the functions behind it refuse
+in detail is tested in tests/unit/data/.
 """
 
 import gzip
@@ -48,13 +48,17 @@ TEXT = [
     ("x.jsonl.gz", b"{}", "x.jsonl.gz: is not gzip data (name it .jsonl if it is plain text)"),
     ("x.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9)[:-12], "x.jsonl.gz: gzip data is damaged "
      "or cut short (Compressed file ended before the end-of-stream marker was reached)"),
-    ("x.jsonl", b'{"text": "a"}\n{"text": 3}', 'x.jsonl:2: field "text" is a number, expected a string'),
+    ("x.jsonl", b'{"text": "a"}\n{"text": 3}',
+     'x.jsonl:2: field "text" is a number, expected a string'),
     ("x.jsonl", b'{"text": null}', 'x.jsonl:1: field "text" is null, expected a string'),
-    ("x.jsonl", b'{"body": "a"}', 'x.jsonl:1: no field "text" (fields: "body"; choose one with --json-key)'),
+    ("x.jsonl", b'{"body": "a"}',
+     'x.jsonl:1: no field "text" (fields: "body"; choose one with --json-key)'),
     ("x.jsonl", b'["a"]', 'x.jsonl:1: the line is a list, expected an object with field "text"'),
     ("x.jsonl", b'{"text": "a"', "x.jsonl:1: not JSON: Expecting ',' delimiter at column 13"),
-    ("x.jsonl", b'{"text": "\\ud800"}', 'x.jsonl:1: field "text" has half a surrogate pair (use --errors replace)'),
-    ("x.jsonl", b'{"text": "a\xff"}', "x.jsonl:1: byte 0xff at column 12 is not UTF-8 (use --errors replace)"),
+    ("x.jsonl", b'{"text": "\\ud800"}',
+     'x.jsonl:1: field "text" has half a surrogate pair (use --errors replace)'),
+    ("x.jsonl", b'{"text": "a\xff"}',
+     "x.jsonl:1: byte 0xff at column 12 is not UTF-8 (use --errors replace)"),
 ]  # fmt: skip
 
 
@@ -107,7 +111,8 @@ INDEXES = [
      "bad.idx: version 2, expected 1 (written by another program?)"),
     (lambda i, b: (i[:17] + b"\x07" + i[18:], b), "bad.idx: dtype code 7 is not one of token ids "
      "(1 uint8, 2 int8, 3 int16, 4 int32, 5 int64, 8 uint16)"),
-    (lambda i, b: (i, b[:-2]), "bad.idx: needs 80 bytes of tokens but bad.bin has 78 (truncated copy?)"),
+    (lambda i, b: (i, b[:-2]), "bad.idx: needs 80 bytes of tokens but bad.bin has 78 "
+     "(truncated copy?)"),
     (lambda i, b: (i, b + b"\0\0"),
      "bad.idx: needs 80 bytes of tokens but bad.bin has 82 (index of another .bin?)"),
     (lambda i, b: (i[:HEAD] + b"\xff\xff\xff\xff" + i[HEAD + 4 :], b),

@@ -76,10 +76,10 @@ LAYOUT = [
      "(the largest --pp is 4)"),
     ("--pp 4 --vpp 2 --schedule interleaved", 4, "--pp 4: 4 * vpp 2 = 8 stages, but the model has "
      "4 layers (the largest --pp is 2)"),
-    ("--pp 2 --vpp 2", 2, "--vpp 2: needs --schedule interleaved (got 1f1b)"),
+    ("--pp 2 --vpp 2", 2, "--vpp 2: needs --schedule interleaved or zb-v (got 1f1b)"),
     ("--vpp 2 --schedule interleaved", 1, "--vpp 2: needs --pp above 1 (got 1)"),
     ("--schedule 1f1", 1,
-     "unknown --schedule '1f1' (did you mean 1f1b? known: gpipe, 1f1b, interleaved)"),
+     "unknown --schedule '1f1' (did you mean 1f1b? known: gpipe, 1f1b, interleaved, zb-h1, zb-h2, zb-v)"),
     ("--optimizer adam", 1, "--optimizer adam: expected one of adamw"),
     ("--zero 2", 2, "--zero 2: stages 0 and 1 exist (use 0 or 1)"),
     ("--zero 3 --pp 2", 2, "--zero 3: stages 0 and 1 exist (use 0 or 1)"),

@@ -34,7 +34,8 @@ def make_engine(seed: int = 1) -> Engine:
 def facts(step: int) -> mf.Manifest:
     config = json.loads(json.dumps(CONFIG.to_dict()))
     return mf.Manifest(
-        step=step, samples=2 * step, tokens=8 * step, optimizer_steps=step, config=config, made_with={}
+        step=step, samples=2 * step, tokens=8 * step, optimizer_steps=step, config=config,
+        made_with={}
     )  # fmt: skip
 
 
@@ -103,7 +104,8 @@ def test_any_changed_byte_of_the_manifest_is_refused(run):
     whole = path.read_bytes()
     mf.read(path.parent)
     assert len(whole) > 5000
-    # Every byte at both ends, and some of the rest; 0x20 turns letters into others and blanks to NUL.
+    # Every byte at both ends, and some of the rest; 0x20 turns letters into others and blanks to
+    # NUL.
     places = [*range(150), *range(150, len(whole) - 150, 61), *range(len(whole) - 150, len(whole))]
     for at in places:
         flip = 0x20 if at % 2 else 0x01
@@ -150,6 +152,15 @@ def test_files_that_are_not_as_listed_are_refused(run):
     path.unlink()
     with pytest.raises(CheckpointError, match="missing"):
         mf.check_files(path.parent, manifest)
+
+
+def test_shard_that_cannot_be_read_is_refused(run, monkeypatch):
+    def broken(path):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(mf, "file_sha256", broken)
+    with pytest.raises(CheckpointError, match=r"shard-00000\..*: cannot be read \(Input/output"):
+        mf.newest(step_dir(run, 1))
 
 
 def test_file_name_that_leaves_the_directory_is_refused(run):
@@ -306,7 +317,9 @@ def test_hole_in_a_tensor_is_refused(run):
     rows, columns = tensor.shape
     box = replace(tensor.boxes[0], box=((0, rows - 1), (0, columns)))
     holed = replace(manifest, tensors={**manifest.tensors, name: replace(tensor, boxes=(box,))})
-    with pytest.raises(CheckpointError, match=rf"{columns * (rows - 1)} of {columns * rows} numbers"):
+    with pytest.raises(
+        CheckpointError, match=rf"{columns * (rows - 1)} of {columns * rows} numbers"
+    ):
         load_optimizer(Reader(directory, holed), make_engine().optimizer)
 
 

@@ -1,4 +1,4 @@
-"""Collectives where there is nobody to talk to: one rank, and a fake axis. Real ranks: tests/ranks."""
+"""Collectives with nobody to talk to: one rank, and a fake axis. Real ranks: tests/ranks."""
 
 import pytest
 import torch

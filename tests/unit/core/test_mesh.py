@@ -1,4 +1,4 @@
-"""Coordinates, lines and factors of the rank grid; the fake mesh against the whole list of lines."""
+"""Coordinates, lines and factors of the rank grid; a fake mesh against the list of all lines."""
 
 import time
 

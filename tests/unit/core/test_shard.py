@@ -166,7 +166,11 @@ def test_sequence_positions_cover_the_sequence_once(order):
 
 def test_zigzag_gives_every_rank_the_same_causal_work():
     work = [
-        sum(p + 1 for span in sequence_positions(24, Axis("cp", 3, idx), order="zigzag") for p in span)
+        sum(
+            p + 1
+            for span in sequence_positions(24, Axis("cp", 3, idx), order="zigzag")
+            for p in span
+        )
         for idx in range(3)
     ]
     assert len(set(work)) == 1

@@ -72,7 +72,7 @@ def test_permuted_is_a_permutation(n):
 
 @pytest.mark.parametrize("n", [23, 300, 1000])
 def test_permuted_leaves_no_order(n):
-    """Over many keys: as much as the old order shows through chance alone, of spread 1 / sqrt(n)."""
+    """Over many keys, old and new order are alike as chance has it, with spread 1 / sqrt(n)."""
     orders = [[permuted(i, n, rng.key(1, "epoch", e)) for i in range(n)] for e in range(40)]
     left = np.array([np.corrcoef(order, range(n))[0, 1] for order in orders]) * n**0.5
     assert np.abs(left).max() < 3.6 and 0.7 < left.std() < 1.4
@@ -184,7 +184,7 @@ def test_synthetic_tokens_are_in_the_vocabulary(vocab):
 
 
 def test_synthetic_follows_its_chain():
-    """After each token come at most four others, the likeliest seven times in ten: about 0.9 nats."""
+    """After each token come at most four, the likeliest seven times in ten: about 0.8 nats."""
     source = Synthetic(1000, 4000, seed=2)
     after = {}
     for i in range(5):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from megalite.core.config import ModelConfig
 from megalite.core.errors import UserError
 from megalite.core.mesh import Mesh
-from megalite.core.config import ModelConfig
 from megalite.core.params import initialize
 from megalite.generate.engine import generate, logits_of
 from megalite.generate.sample import Sampling

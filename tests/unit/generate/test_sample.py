@@ -109,6 +109,7 @@ def test_frequencies_match_the_distribution(how):
     kept = want > 0
     chi_squared = ((found - want)[kept] ** 2 / want[kept]).sum().item()
     freedom = int(kept.sum()) - 1
-    # Wilson and Hilferty's bound, 4 standard deviations out: the seed is fixed, so this never flickers.
+    # Wilson and Hilferty's bound, 4 standard deviations out: the seed is fixed, so this never
+    # flickers.
     bound = freedom * (1 - 2 / (9 * freedom) + 4 * math.sqrt(2 / (9 * freedom))) ** 3
     assert chi_squared < bound

@@ -56,7 +56,9 @@ def test_attention_dropout_is_off_in_evaluation():
 
 
 def test_masked_softmax_of_a_row_with_no_key_is_zero():
-    weights = masked_softmax(torch.randn(1, 1, 2, 3), torch.tensor([[True, False, True], [False] * 3]))
+    weights = masked_softmax(
+        torch.randn(1, 1, 2, 3), torch.tensor([[True, False, True], [False] * 3])
+    )
     assert weights[0, 0, 1].tolist() == [0, 0, 0]
     torch.testing.assert_close(weights[0, 0, 0].sum(), torch.tensor(1.0))
 

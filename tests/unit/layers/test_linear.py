@@ -12,7 +12,9 @@ from megalite.layers.linear import ColumnLinear, RowLinear
 
 ONE = Axis("tp")
 LINEARS = {
-    "column": lambda: ColumnLinear(6, (Block(5, ("tp", None)),), ONE, bias=True, init=gaussian(1.0)),
+    "column": lambda: ColumnLinear(
+        6, (Block(5, ("tp", None)),), ONE, bias=True, init=gaussian(1.0)
+    ),
     "row": lambda: RowLinear(6, 5, ONE, bias=True, init=gaussian(1.0)),
 }
 

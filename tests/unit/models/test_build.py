@@ -84,9 +84,7 @@ def test_tied_table_with_both_stages_on_one_rank_is_one_parameter_used_twice():
 
 def test_model_refuses_rows_that_are_not_cut_as_its_norms_expect():
     mesh = Mesh({"tp": 2}, kind="fake")
-    stages = build_stages(
-        CFG, mesh, placement=(0,), layers=None, sequence_parallel=True, seed=1
-    )
+    stages = build_stages(CFG, mesh, placement=(0,), layers=None, sequence_parallel=True, seed=1)
     tokens = torch.zeros(8, 1, dtype=torch.int64)
     whole = make_call(tokens, tokens, torch.arange(1), seq_cut=None)
     with pytest.raises(AssertionError):

@@ -12,9 +12,7 @@ WARMUP, TOTAL = 10, 100
 
 def rate(shape, step, unit=1.0, warmup=WARMUP, total=TOTAL, **fields):
     cfg = OptimConfig(lr=2.0, min_lr_ratio=0.1, lr_decay=shape, wsd_decay_share=0.2, **fields)
-    return learning_rate(
-        cfg, done=step * unit, warmup=warmup * unit, total=total * unit, step=unit
-    )
+    return learning_rate(cfg, done=step * unit, warmup=warmup * unit, total=total * unit, step=unit)
 
 
 @pytest.mark.parametrize("unit", UNITS.values(), ids=UNITS)
@@ -48,9 +46,7 @@ def test_wsd_is_halfway_down_in_the_middle_of_its_last_share():
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("warmup", [1, 10, 90, 99])
 def test_rate_has_no_jump_at_the_end_of_warmup(shape, warmup):
-    before, at, after = (
-        rate(shape, warmup + d, 4096.0, warmup=warmup) for d in (-1e-6, 0.0, 1e-6)
-    )
+    before, at, after = (rate(shape, warmup + d, 4096.0, warmup=warmup) for d in (-1e-6, 0.0, 1e-6))
     assert at == pytest.approx(2.0)
     assert before == pytest.approx(at, abs=1e-4) and after == pytest.approx(at, abs=1e-4)
 

@@ -5,6 +5,7 @@ from megalite.schedule.action import (
     Op,
     Schedule,
     edge_order,
+    first_microbatches,
     forward_only,
     needs,
     received,
@@ -111,3 +112,13 @@ def test_forward_only_is_a_legal_schedule_of_forwards():
         assert not kept.splits_backward
         assert {a.op for rank in kept.actions for a in rank} == {Op.F}
         assert {m.kind for messages in edge_order(kept).values() for m in messages} == {"act"}
+
+
+def test_first_microbatches_are_a_legal_schedule_of_fewer():
+    for name, vpp in (("1f1b", 1), ("interleaved", 2), ("zb-h2", 1), ("zb-v", 2)):
+        whole = SCHEDULES[name](3, 8, vpp)
+        for n in range(1, 9):
+            kept = first_microbatches(whole, n)
+            assert kept.num_microbatches == n
+            check(kept, tied=(0, kept.num_stages - 1))
+        assert kept == whole

@@ -255,3 +255,12 @@ def test_tied_reductions_are_one_collective_and_part_of_the_cycle_check():
 
 def test_tied_stages_on_one_rank_need_no_collective():
     check(written(*EARLY), tied=(0, 2))
+
+
+def test_tied_stages_on_one_rank_share_what_the_first_reduces():
+    # W0@1 adds to the same table after R@0 has sent it on its way.
+    early = written("shared", 1, (0, 0), "F0@0 F0@1 I0@1 I0@0 W0@0 R@0 W0@1 R@1")
+    check(early)
+    assert refusal(early, tied=(0, 1)) == "shared: rank 0 does R@0 before W0@1"
+    late = written("shared", 1, (0, 0), "F0@0 F0@1 I0@1 I0@0 W0@0 W0@1 R@0 R@1")
+    check(late, tied=(0, 1))

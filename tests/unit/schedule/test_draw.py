@@ -45,6 +45,21 @@ def test_svg_title_has_the_bubble_and_is_escaped():
     assert "W weight gradient" not in texts
 
 
+def test_svg_of_zb_v_tells_both_halves_of_backward_and_both_chunks_apart():
+    schedule = SCHEDULES["zb-v"](3, 6, 2)
+    root = ElementTree.fromstring(schedule_svg(simulate(schedule), "zb-v"))
+    drawn = bars(root)
+    assert set(drawn) == {str(a) for rank in schedule.actions for a in rank}
+    for op in (Op.F, Op.I, Op.W):
+        # Rank 1 has stages 1 and 4.
+        looks = [drawn[f"{op.value}2@{stage}"].attrib for stage in (1, 4)]
+        assert [look["fill"] for look in looks] == [COLOURS[op]] * 2
+        assert [look["fill-opacity"] for look in looks] == ["1.00", "0.45"]
+    texts = [t.text for t in root.iter(f"{SVG}text")]
+    assert {"I input gradient", "W weight gradient", "paler: later chunk of the rank"} <= set(texts)
+    assert "B backward" not in texts
+
+
 def test_svg_scales_with_the_seconds_of_a_real_run():
     schedule = SCHEDULES["1f1b"](2, 2, 1)
     slow = schedule_svg(simulate(schedule), "x")
@@ -74,3 +89,22 @@ def test_tool_refuses_in_one_line():
     assert result.returncode == 2
     assert result.stderr.startswith("draw_schedule: error: 1f1b has one stage a rank")
     assert result.stderr.count("\n") == 1
+
+
+def test_tool_draws_a_schedule_of_the_users_own(tmp_path):
+    table = run_tool(
+        "--schedule", "zb-v", "--vpp", "2", "--pp", "2", "--microbatches", "3", "--csv"
+    )
+    mine = tmp_path / "mine.csv"
+    mine.write_text(table.stdout)
+    sizes = ("--vpp", "2", "--pp", "2", "--microbatches", "3", "--text")
+    rows = [
+        run_tool("--schedule", spec, *sizes).stdout.splitlines() for spec in (str(mine), "zb-v")
+    ]
+    assert rows[0][0] == "mine.csv, 2 ranks, 3 microbatches: makespan 19, bubble 5.3%"
+    assert rows[0][1:] == rows[1][1:]
+    absent = run_tool("--schedule", str(tmp_path / "no.csv"))
+    assert absent.returncode == 2
+    assert absent.stderr == (
+        f"draw_schedule: error: {tmp_path / 'no.csv'}: cannot be read (No such file or directory)\n"
+    )

@@ -1,0 +1,85 @@
+"""When a bucket's reduction starts, on one rank. What it sums over real ranks: the oracle."""
+
+import pytest
+import torch
+from torch import nn
+
+from megalite.core.mesh import Mesh
+from megalite.core.params import constant, initialize, new_param
+from megalite.core.shard import whole
+from megalite.parallel.zero import Zero
+
+ALL_IN_ONE = 1e9
+
+
+def zero_of(*names, stage=1, mesh=None, bucket_bytes=ALL_IN_ONE):
+    mesh, module = mesh or Mesh({}), nn.Module()
+    for name in names:
+        setattr(module, name, new_param(whole(64), mesh.axes, init=constant(1.0)))
+    zero = Zero(
+        {0: module}, mesh, stage=stage, bucket_bytes=bucket_bytes, device=torch.device("cpu")
+    )
+    initialize(module, 1)
+    return module, zero
+
+
+def reductions(zero):
+    return [e.op for e in zero.mesh.log.entries]
+
+
+def test_reduction_starts_with_the_last_contribution_of_the_step():
+    module, zero = zero_of("a", "b", mesh=Mesh({"dp": 2}, kind="fake"))
+    zero.begin(2)
+    for _ in range(2):
+        assert reductions(zero) == []
+        module.a.sum().backward()
+        module.b.sum().backward()
+    assert reductions(zero) == ["reduce_scatter"]
+    zero.reduce(0)  # nothing is left for R
+    zero.finish()
+    assert reductions(zero) == ["reduce_scatter"]
+
+
+def test_r_starts_what_an_unused_parameter_held_back():
+    module, zero = zero_of("a", "unused", mesh=Mesh({"dp": 2}, kind="fake"), stage=0)
+    zero.begin(1)
+    module.a.sum().backward()
+    assert reductions(zero) == []
+    zero.reduce(7)  # another stage's R
+    assert reductions(zero) == []
+    zero.reduce(0)
+    zero.finish()
+    assert reductions(zero) == ["all_reduce"]
+
+
+def test_finish_without_r_is_refused():
+    _, zero = zero_of("a")
+    zero.begin(1)
+    with pytest.raises(AssertionError, match="R was not run"):
+        zero.finish()
+
+
+def test_contribution_beyond_those_counted_is_refused():
+    module, zero = zero_of("a")
+    zero.begin(1)
+    module.a.sum().backward()
+    with pytest.raises(AssertionError, match="more often"):
+        module.a.sum().backward()
+
+
+def test_begin_clears_the_gradients_of_the_step_before():
+    module, zero = zero_of("a")
+    for _ in range(2):
+        zero.begin(1)
+        module.a.sum().backward()
+        zero.finish()
+        assert module.a.grad.tolist() == [1.0] * 64
+
+
+def test_ranks_update_their_range_in_stage_1_and_everything_in_stage_0():
+    mesh = Mesh({"dp": 4}, rank=2, kind="fake")
+    for stage, updated in ((0, (0, 256)), (1, (128, 192))):
+        _, zero = zero_of("a", "b", "c", stage=stage, mesh=mesh)
+        (bucket,) = zero.buckets
+        assert zero.my_range(bucket) == (128, 192) and zero.updated_range(bucket) == updated
+        assert zero.grads_of(bucket).numel() == updated[1] - updated[0]
