@@ -1,12 +1,11 @@
-"""Times a training step of any layout: wall, CPU seconds over all ranks, memory, on a seeded Markov
-chain.
+"""Times a training step of any layout on a seeded Markov chain: wall, CPU seconds, memory.
 
-python tools/bench_train.py --workload gpt-10m --layouts one,tp2pp2dp2 --rounds 3 --json out.json
+    python tools/bench_train.py --workload gpt-10m --layouts one,tp2pp2dp2 --rounds 3 --json out.json
 
-A layout is `one` or axes with sizes (tp2, pp2dp2, tp2pp2dp2), with `zero0`, `nosp` (no sequence
-parallelism), `gpipe` or `interleaved` behind it: tp2pp2-gpipe. Rounds are interleaved, so that a
-drift of the machine hits all layouts alike. CPU seconds are those of all ranks together: waiting
-for a core does not count.
+A layout is `one` or axes with sizes (tp2, pp2dp2, tp2pp2dp2); a schedule, `zero0` or `nosp` (no
+sequence parallelism) may follow: tp2pp2+zb-h1+zero0. Rounds are interleaved, so that a drift of the
+machine hits all layouts alike. CPU seconds are those of all ranks together: waiting for a core does
+not count.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from megalite.core import comm
 from megalite.core.config import Config, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
 from megalite.core.world import World
 from megalite.data.loader import Loader, Synthetic
+from megalite.schedule.generators import SCHEDULES
 from megalite.train.build import build_engine, build_mesh, pick_device, pick_dtype
 from megalite.train.loop import train_step
 
@@ -46,15 +46,15 @@ FIELDS = ("cpu_s_per_step", "step_ms", "tokens_per_s", "peak_rss_mb", "loss_firs
 
 def parse_layout(name: str) -> dict[str, object]:
     """`tp2pp2dp2-gpipe` to LayoutConfig values."""
-    axes, *settings = name.split("-")
+    axes, *settings = name.split("+")
     layout: dict[str, object] = {"dp": 1}
     if axes != "one":
-        found = re.findall(r"(tp|pp|dp|vpp)(\d+)", axes)
+        found = re.findall(r"(vpp|tp|pp|dp)(\d+)", axes)
         if "".join(a + n for a, n in found) != axes:
             sys.exit(f"bench_train: --layouts {name}: expected `one` or axes such as tp2pp2dp2")
         layout |= {axis: int(n) for axis, n in found}
     for setting in settings:
-        if setting in ("gpipe", "1f1b", "interleaved"):
+        if setting in SCHEDULES:
             layout["schedule"] = setting
         elif setting in ("zero0", "zero1"):
             layout["zero"] = int(setting[-1])

@@ -1,8 +1,9 @@
 """What a Config may hold: the range of every number, and which fields can run together.
 
-Functions of the record and the world size alone (`check_paths` also looks at this host's disk), so
-every rank raises the same text before any collective. cli.py asks `check_value` about each flag as
-it was typed; `Config.check` asks the rest. Not here: what needs a device (train/build.py).
+Functions of the record and the world size alone (`check_paths` looks at this host's disk, and a
+user's own schedule is read from it), so every rank raises the same text before any collective.
+cli.py asks `check_value` about each flag as it was typed; `Config.check` asks the rest. Not here:
+what needs a device (train/build.py).
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from typing import (
 )
 
 from megalite.core.errors import DataError, UserError
-from megalite.schedule.custom import is_file
+from megalite.schedule.check import check
+from megalite.schedule.custom import is_file, load_schedule
 from megalite.schedule.generators import CHUNKED, SCHEDULES
 
 if TYPE_CHECKING:
@@ -208,6 +210,7 @@ def check_layout(config: Config, world_size: int) -> None:
             f"{train.micro_batch_size} * dp {config.data_ranks(world_size)} = {step} "
             f"(nearest: {choices(multiples_near(batch, step))})"
         )
+    _check_schedule(config, world_size)
 
 
 def _check_world(config: Config, world_size: int) -> None:
@@ -292,6 +295,22 @@ def _check_stages(config: Config) -> None:
         )
     if sum(lay.pp_layers) != layers:
         raise UserError(f"{shown}: sums to {sum(lay.pp_layers)}, the model has {layers} layers")
+
+
+def _check_schedule(config: Config, world_size: int) -> None:
+    """Raise UserError unless the schedule can have these sizes; a user's own is proven whole.
+
+    Tests have proven ours at all sizes, so one microbatch shows what they have to say.
+    """
+    lay = config.layout
+    try:
+        make = load_schedule(lay.schedule)
+        made = make(lay.pp, 1, lay.vpp)
+        if is_file(lay.schedule):
+            made = make(lay.pp, config.num_microbatches(world_size), lay.vpp)
+            check(made, tied=(0, made.num_stages - 1) if config.model.tie_embeddings else None)
+    except ValueError as e:
+        raise UserError(f"--schedule {e}") from None
 
 
 def check_train(config: Config) -> None:

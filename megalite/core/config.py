@@ -98,9 +98,9 @@ class LayoutConfig:
     dp: int | None = None
     """Data parallel ranks (None: all ranks that tp, pp and cp leave)."""
     vpp: int = 1
-    """Stages a pipeline rank holds; above 1 needs --schedule interleaved."""
+    """Stages a pipeline rank holds; above 1 needs --schedule interleaved, zb-v or your own."""
     schedule: str = "1f1b"
-    """Pipeline schedule: gpipe, 1f1b or interleaved."""
+    """Pipeline order: gpipe, 1f1b, interleaved, zb-h1, zb-h2, zb-v, FILE.py:NAME or FILE.csv."""
     pp_layers: tuple[int, ...] | None = None
     """Layers of each stage, as 3,3,2,2 (None: balanced, with embedding and head counted)."""
     zero: int = 1

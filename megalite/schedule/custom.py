@@ -10,6 +10,7 @@ and check.py has the last word on what can run.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import importlib.util
 import io
@@ -55,7 +56,7 @@ def load_schedule(spec: str) -> MakeSchedule:
     placements: dict[tuple[int, int], tuple[int, ...]] = {}
 
     def sized(pp: int, num_microbatches: int, vpp: int) -> Schedule:
-        made = make(pp, num_microbatches, vpp)
+        made = _well_formed(spec, make(pp, num_microbatches, vpp))
         _check_sizes(spec, made, pp, num_microbatches, vpp)
         # Stages are built before the microbatches are known.
         if placements.setdefault((pp, vpp), made.placement) != made.placement:
@@ -81,10 +82,21 @@ def as_csv(schedule: Schedule) -> str:
     return "".join(",".join(map(str, actions)) + "\n" for actions in schedule.actions)
 
 
-def _check_sizes(spec: str, made: Any, pp: int, num_microbatches: int, vpp: int) -> None:
-    """Raise ValueError unless `made` is a Schedule of the sizes that were asked for."""
+def _well_formed(spec: str, made: Any) -> Schedule:
+    """`made`, its lists as tuples and its ops as Op. Raises ValueError if it is no Schedule."""
     if not isinstance(made, Schedule):
         raise ValueError(f"{spec}: returned {type(made).__name__} (return a Schedule)")
+    try:
+        actions = tuple(tuple(Action(Op(op), s, m) for op, s, m in rank) for rank in made.actions)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{spec}: a rank's list holds what is no action (use Action(Op.F, stage, microbatch))"
+        ) from None
+    return dataclasses.replace(made, placement=tuple(made.placement), actions=actions)
+
+
+def _check_sizes(spec: str, made: Schedule, pp: int, num_microbatches: int, vpp: int) -> None:
+    """Raise ValueError unless `made` has the sizes that were asked for."""
     if made.num_ranks != pp:
         raise ValueError(
             f"{spec}: is for {made.num_ranks} pipeline ranks, got --pp {pp} "
@@ -193,7 +205,8 @@ def _parse_table(spec: str) -> Schedule:
         raise ValueError(f"{spec}: is no table of text ({error})") from None
     while rows and not any(cell.strip() for cell in rows[-1]):
         rows.pop()
-    ranks, home = [], {}
+    ranks: list[tuple[Action, ...]] = []
+    home: dict[int, int] = {}
     for rank, row in enumerate(rows):
         actions = []
         for column, cell in enumerate(row, 1):

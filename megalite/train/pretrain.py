@@ -138,6 +138,7 @@ class Run:
             done=done,
             warmup=config.optim.warmup_steps * scale,
             total=train.train_steps * scale,
+            step=scale,
         )
         calls = self.loader.step(self.samples)
         found = train_step(self.engine, calls, lr=lr, stop=self.stop.asked)

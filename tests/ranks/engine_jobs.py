@@ -60,6 +60,8 @@ def gradients(engine: Engine) -> dict[str, Tensor]:
     found = forward_backward(engine, calls_of(engine, 0, False))
     assert engine.zero.landed == engine.zero.expected
     params = {n: p for s in engine.stages.values() for n, p in named_parameters(s)}
+    # A W that ran in autograd's sight would hang its graph on the gradient, and keep it.
+    assert not any(p.grad.requires_grad for p in params.values())
     return {name: p.grad * found.correction for name, p in params.items()}
 
 

@@ -71,7 +71,7 @@ LEGAL = [  # what larger systems refuse, and what sits on the edge of a rule
     ({"layout": LayoutConfig(pp=2, vpp=2, schedule="interleaved")}, 2),
     ({"layout": LayoutConfig(pp=2, pp_layers=(1, 3))}, 2),
     ({"train": TrainConfig(precision="bf16", device="cpu")}, 1),
-    ({"train": TrainConfig(precision="fp16", device="cuda")}, 1),
+    ({"train": TrainConfig(precision="bf16", device="cuda")}, 1),
     ({"optim": OptimConfig(warmup_steps=100, clip_grad=0.0, weight_decay=0.0)}, 1),
     ({"model": ModelConfig(sliding_window=1, position="rope", dropout=0.99)}, 1),
 ]
@@ -118,3 +118,21 @@ def test_divisors_and_nearest():
     assert divisors(12) == [1, 2, 3, 4, 6, 12]
     assert divisors(49) == [1, 7, 49]
     assert nearest(divisors(4096), to=100, count=3) == [32, 64, 128]
+
+
+def test_schedule_of_the_users_own_is_proven_at_the_microbatches_of_the_step(tmp_path):
+    table = tmp_path / "mine.csv"
+    train = TrainConfig(micro_batch_size=4, global_batch_size=8)
+    config = Config(layout=LayoutConfig(pp=2, schedule=str(table)), train=train)
+    table.write_text("F0@0,F1@0,B0@0,B1@0,R@0\nF0@1,F1@1,B0@1,B1@1,R@1\n")
+    config.check(2)
+    # One microbatch alone would run; of two, rank 0 wants to end the first before the second.
+    table.write_text("F0@0,B0@0,F1@0,B1@0,R@0\nF0@1,F1@1,B0@1,B1@1,R@1\n")
+    with pytest.raises(UserError) as caught:
+        config.check(2)
+    assert str(caught.value) == (
+        "--schedule mine.csv: deadlock: rank 0 waits at B0@0 for B0@1 of rank 1; "
+        "rank 1 waits at F1@1 for F1@0 of rank 0"
+    )
+    with pytest.raises(UserError, match="is written for 2 microbatches, the step has 4 "):
+        dataclasses.replace(config, train=TrainConfig(global_batch_size=16)).check(2)

@@ -126,6 +126,28 @@ def test_schedule_of_other_sizes_than_asked_for_is_refused(write, body, text):
     assert refusal(spec).startswith(f"{spec}: {text}")
 
 
+def test_lists_and_letters_become_what_the_engine_compares_with(write):
+    text = """
+import dataclasses
+from megalite.schedule.generators import gpipe
+
+def mine(pp, n, vpp):
+    made = gpipe(pp, n, vpp)
+    lists = [[(a.op.value, a.stage, a.microbatch) for a in rank] for rank in made.actions]
+    return dataclasses.replace(made, placement=list(made.placement), actions=lists)
+
+def words(pp, n, vpp):
+    return dataclasses.replace(gpipe(pp, n, vpp), actions=[["F0@0"], ["F0@1"]])
+"""
+    path = write("s.py", text)
+    made = load_schedule(f"{path}:mine")(2, 3, 1)
+    assert made == SCHEDULES["gpipe"](2, 3, 1)
+    check(made, tied=(0, 1))
+    assert refusal(f"{path}:words") == (
+        f"{path}:words: a rank's list holds what is no action (use Action(Op.F, stage, microbatch))"
+    )
+
+
 def test_placement_that_changes_with_the_microbatches_is_refused(write):
     text = """
 import dataclasses
