@@ -198,5 +198,22 @@ def _load(place: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
+def _leave() -> None:
+    """Run, and end this process with the exit code of the command.
+
+    The threads of process groups can abort an interpreter that shuts down around them (exit code -6
+    in place of ours, seen with gloo): under torchrun nothing is left that needs the shutdown.
+    """
+    try:
+        code = main()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else RunError.exit_code
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _leave()

@@ -1,6 +1,6 @@
 """Times a training step of any layout on a seeded Markov chain: wall, CPU seconds, memory.
 
-    python tools/bench_train.py --workload gpt-10m --layouts one,tp2pp2dp2 --rounds 3 --json out.json
+    python tools/bench_train.py --workload gpt-10m --layouts one,tp2pp2dp2 --rounds 3 --json OUT
 
 A layout is `one` or axes with sizes (tp2, pp2dp2, tp2pp2dp2); a schedule, `zero0` or `nosp` (no
 sequence parallelism) may follow: tp2pp2+zb-h1+zero0. Rounds are interleaved, so that a drift of the
@@ -25,6 +25,7 @@ import torch
 
 from megalite.core import comm
 from megalite.core.config import Config, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
+from megalite.core.mesh import disconnect
 from megalite.core.world import World
 from megalite.data.loader import Loader, Synthetic
 from megalite.schedule.generators import SCHEDULES
@@ -127,6 +128,7 @@ def worker(args: argparse.Namespace) -> None:
             "loss_last": losses[-1],
         }
         print(json.dumps(row), flush=True)
+    disconnect()
 
 
 def run_once(layout: str, args: argparse.Namespace) -> dict:
@@ -193,7 +195,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.worker:
         worker(args)
-        return
+        sys.stdout.flush()
+        os._exit(0)  # gloo's threads can abort an interpreter that shuts down around them
     layouts = args.layouts.split(",")
     for layout in layouts:
         parse_layout(layout)
