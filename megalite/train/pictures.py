@@ -33,8 +33,8 @@ def draw_schedule(path: Path, config: Config, schedule: Schedule) -> None:
     path.write_text(schedule_svg(timeline(config, schedule), title), encoding="utf-8")
 
 
-def draw_loss(out: Path) -> None:
-    """Write loss.png from a run's metrics."""
+def draw_loss(out: Path, picture: Path) -> None:
+    """Draw the metrics of run `out` into `picture`; its ending says in which format."""
     import matplotlib  # takes a second to import, and only rank 0 draws
 
     matplotlib.use("Agg")
@@ -52,5 +52,5 @@ def draw_loss(out: Path) -> None:
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    figure.savefig(out / "loss.png")
+    figure.savefig(picture)
     plt.close(figure)

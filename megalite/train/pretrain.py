@@ -292,7 +292,7 @@ class Run:
         if self.metrics is None:
             return
         self.metrics.close()
-        draw_loss(self.out)
+        draw_loss(self.out, self.out / "loss.png")
         gigabytes = peak_memory_gb(self.device)
         self._say(
             f"done   {self.step} steps, {console.count(self.tokens)} tokens in "
