@@ -133,7 +133,13 @@ def add_weight_grad(weight: nn.Parameter, dy: Tensor, x: Tensor) -> None:
 
 
 def grad_of(param: nn.Parameter) -> Tensor:
-    """`param.grad`, made of zeros in `acc_dtype` if it is not there yet."""
+    """Where a contribution to the gradient is added: `param.grad`, made in `acc_dtype` if need be.
+
+    A parameter whose whole gradient lives only for a microbatch has a `grad_home` that is asked.
+    """
+    home = getattr(param, "grad_home", None)
+    if home is not None:
+        return home(param)
     if param.grad is None:
         wide = acc_dtype(param.dtype)
         # Without this torch refuses a float32 gradient on a bfloat16 parameter.
@@ -142,11 +148,27 @@ def grad_of(param: nn.Parameter) -> Tensor:
     return param.grad
 
 
-def listen(param: nn.Parameter, listener: Callable[[nn.Parameter], None]) -> None:
-    """Have `listener` called at each contribution that lands in this parameter's gradient."""
+def listen(
+    param: nn.Parameter,
+    listener: Callable[[nn.Parameter], None],
+    home: Callable[[nn.Parameter], Tensor] | None = None,
+) -> None:
+    """Have `listener` called at each contribution that lands in this parameter's gradient.
+
+    With a `home`, contributions are added to what it gives at that moment, and `.grad` stays None.
+    """
     param.on_landed = listener  # type: ignore[attr-defined]
+    param.grad_home = home  # type: ignore[attr-defined]
+
+    def added_by_autograd(param: nn.Parameter) -> None:
+        if home is not None:
+            assert param.grad is not None
+            home(param).add_(param.grad)
+            param.grad = None
+        listener(param)
+
     # What autograd adds up by itself (norms, a fork's plain F.linear) never comes by `landed`.
-    param.register_post_accumulate_grad_hook(listener)
+    param.register_post_accumulate_grad_hook(added_by_autograd)
 
 
 def landed(param: nn.Parameter) -> None:

@@ -24,8 +24,8 @@ class Optimizer:
         self.masters: list[Tensor | None] = []
         self.states: list[dict[str, Tensor]] = []
         for bucket in zero.buckets:
-            grads = zero.grads_of(bucket)
-            narrow = bucket.params.dtype != bucket.grads.dtype
+            grads = bucket.grads
+            narrow = bucket.params.dtype != bucket.grad_dtype
             self.masters.append(torch.zeros_like(grads) if narrow else None)
             self.states.append({name: torch.zeros_like(grads) for name in self.rule.state_names})
         self._owned = [b.layout.owned_spans(zero.my_range(b)) for b in zero.buckets]
@@ -35,13 +35,13 @@ class Optimizer:
         """Take the parameters as they are for the master copies: after initialisation."""
         for bucket, master in zip(self.zero.buckets, self.masters, strict=True):
             if master is not None:
-                lo, hi = self.zero.updated_range(bucket)
+                lo, hi = bucket.updated
                 master.copy_(bucket.params[lo:hi])
 
     def numbers(self, bucket_idx: int) -> dict[str, Tensor]:
         """What a checkpoint keeps of that bucket: flat tensors over the updated range, by name."""
         bucket, master = self.zero.buckets[bucket_idx], self.masters[bucket_idx]
-        lo, hi = self.zero.updated_range(bucket)
+        lo, hi = bucket.updated
         weights = bucket.params[lo:hi] if master is None else master
         return {"weights": weights, **self.states[bucket_idx]}
 
@@ -49,7 +49,7 @@ class Optimizer:
         """Make the parameters follow the master copies, and give every rank all of them."""
         for bucket, master in zip(self.zero.buckets, self.masters, strict=True):
             if master is not None:
-                lo, hi = self.zero.updated_range(bucket)
+                lo, hi = bucket.updated
                 bucket.params[lo:hi].copy_(master)
         self.zero.gather_params()
 
@@ -57,15 +57,17 @@ class Optimizer:
         """Of the reduced gradients this rank counts, in float64: over all ranks, norm squared."""
         total = torch.zeros((), dtype=torch.float64, device=self.zero.buckets[0].grads.device)
         for bucket, spans in zip(self.zero.buckets, self._owned, strict=True):
+            base = bucket.updated[0]
             for lo, hi in spans:
-                total += torch.linalg.vector_norm(bucket.grads[lo:hi]).to(torch.float64) ** 2
+                norm = torch.linalg.vector_norm(bucket.grads[lo - base : hi - base])
+                total += norm.to(torch.float64) ** 2
         return total
 
     def step(self, *, lr: float, scale: Tensor) -> None:
         """Multiply the gradients by `scale` (normalisation and clipping) and update every range."""
         self.step_count += 1
         for idx, bucket in enumerate(self.zero.buckets):
-            grads = self.zero.grads_of(bucket).mul_(scale.to(bucket.grads.dtype))
+            grads = bucket.grads.mul_(scale.to(bucket.grad_dtype))
             numbers = self.numbers(idx)
             key = bucket.layout.key
             self.rule.update(

@@ -148,17 +148,32 @@ class FlatLayout:
 class Bucket:
     """The flat tensors of one layout; parameters and their gradients have become views of them."""
 
-    def __init__(self, layout: FlatLayout, params: list[nn.Parameter], device: torch.device):
-        self.layout = layout
+    def __init__(
+        self,
+        layout: FlatLayout,
+        params: list[nn.Parameter],
+        device: torch.device,
+        *,
+        whole_grads: bool,
+        updated: Span,
+    ):
+        self.layout, self.updated = layout, updated
         dtype = layout.key.dtype
+        self.grad_dtype = acc_dtype(dtype)
         self.params = torch.zeros(layout.size, dtype=dtype, device=device)
-        self.grads = torch.zeros(layout.size, dtype=acc_dtype(dtype), device=device)
+        lo, hi = updated
+        size = layout.size if whole_grads else hi - lo
+        held = torch.zeros(size, dtype=self.grad_dtype, device=device)
+        self.whole_grads = held if whole_grads else None
+        """Where the backward adds, all step long; None where that is a lane for each microbatch."""
+        self.grads = held[lo:hi] if whole_grads else held
+        """The reduced gradients of the updated range."""
         self.uses = 0
         for slot, param in zip(layout.slots, params, strict=True):
-            view = self.params[slot.start : slot.stop].view(slot.shape)
-            param.data = view
-            param.grad_dtype = self.grads.dtype
-            param.grad = self.grads[slot.start : slot.stop].view(slot.shape)
+            param.data = self.params[slot.start : slot.stop].view(slot.shape)
+            param.grad_dtype = self.grad_dtype
+            if whole_grads:
+                param.grad = held[slot.start : slot.stop].view(slot.shape)
             self.uses += traits_of(param).uses
 
 

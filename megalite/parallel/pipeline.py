@@ -37,7 +37,8 @@ class Stage(Protocol):
 class Pipeline:
     """Runs the stages that live here.
 
-    `schedule_for(n)` orders n microbatches; R calls `reduce(stage)`.
+    `schedule_for(n)` orders n microbatches; `enter(microbatch)` is called before what makes
+    gradients, and R calls `reduce(stage)`.
     """
 
     def __init__(
@@ -48,10 +49,11 @@ class Pipeline:
         *,
         dtype: torch.dtype,
         device: torch.device,
+        enter: Callable[[int], None],
         reduce: Callable[[int], None],
     ):
         self.schedule_for, self.stages, self.mesh, self.reduce = schedule_for, stages, mesh, reduce
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device, self.enter = dtype, device, enter
         self.schedule = schedule_for(1)
         self.last = self.schedule.num_stages - 1
         self.pipes = Pipes(mesh, self.schedule)
@@ -123,6 +125,7 @@ class Pipeline:
     def _backward(self, action: Action) -> None:
         _, stage, microbatch = action
         x, y = self.kept.pop((stage, microbatch))
+        self.enter(microbatch)
         torch.autograd.backward(y, self.seed if stage == self.last else self._take(action))
         if x is not None:
             assert x.grad is not None
@@ -130,6 +133,7 @@ class Pipeline:
 
     @torch.no_grad()
     def _weights(self, action: Action) -> None:
+        self.enter(action.microbatch)
         for job in self.later.pop((action.stage, action.microbatch)):
             job()
 

@@ -1,13 +1,15 @@
 """ZeRO as one policy over flat buckets: which of optimizer state, gradients, parameters is cut.
 
-Stage 0 shards nothing, 1 the optimizer state. Rajbhandari et al. 2020 (arXiv 1910.02054). A
-bucket's reduction starts when the last contribution to it has landed in the last backward of a
-step, so it runs beside what is left of that backward; `reduce` (the schedule's R) starts the rest,
-`finish` waits.
+Stage 0 shards nothing, 1 the optimizer state, 2 the gradients as well. Rajbhandari et al. 2020
+(arXiv 1910.02054). A bucket's reduction starts when the last contribution to it has landed: once a
+step, or at stage 2 once a microbatch, so that a whole gradient exists only while it is being made
+and reduced. It runs beside what is left of the backward; `reduce` (the schedule's R) starts the
+rest, `finish` waits.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -17,6 +19,15 @@ from megalite.core import comm
 from megalite.core.mesh import Mesh
 from megalite.core.params import listen
 from megalite.parallel.buckets import Bucket, Span, plan
+
+STEP = -1
+"""The group of contributions that are reduced once a step; others are numbers of microbatches."""
+
+LANES = 2
+"""Whole gradients of one size that stage 2 holds: one is being made while one is reduced."""
+
+Part = tuple[int, int]
+"""A bucket's number and a group: what one reduction reduces."""
 
 
 class Zero:
@@ -34,40 +45,56 @@ class Zero:
         self.mesh, self.stage = mesh, stage
         self.axis = mesh.axis("dp", "cp")
         self.buckets: list[Bucket] = []
-        self.expected: list[int] = []
-        self._of: dict[int, int] = {}
+        self._of: dict[int, tuple[int, int]] = {}
         for layout, params in plan(stages, ways=self.axis.size, bucket_bytes=bucket_bytes):
-            for param in params:
-                self._of[id(param)] = len(self.buckets)
-                listen(param, self._on_landed)
-            self.buckets.append(Bucket(layout, params, device))
+            for slot_idx, param in enumerate(params):
+                self._of[id(param)] = (len(self.buckets), slot_idx)
+                listen(param, self._on_landed, self._home if stage >= 2 else None)
+            updated = layout.range_of(self.axis.idx) if stage >= 1 else (0, layout.size)
+            whole = stage < 2
+            self.buckets.append(Bucket(layout, params, device, whole_grads=whole, updated=updated))
         self._partials = [b.layout.partial_spans(mesh.axes) for b in self.buckets]
+        self._spare: dict[int, list[Tensor]] = {}
+        self._lanes: Counter[int] = Counter()
         self.begin(0)
 
     def begin(self, num_microbatches: int) -> None:
         """Start a step of that many microbatches: clear the gradients."""
-        self.expected = [b.uses * num_microbatches for b in self.buckets]
-        self.landed = [0] * len(self.buckets)
-        self._pending: list[comm.Pending | None] = [None] * len(self.buckets)
-        for bucket in self.buckets:
-            bucket.grads.zero_()
+        times = num_microbatches if self.stage < 2 else 1
+        self.expected = [b.uses * times for b in self.buckets]
+        self.landed: Counter[Part] = Counter()
+        self._pending: dict[Part, comm.Pending] = {}
+        self._open: dict[Part, Tensor] = {}
+        self._group = STEP
+        for number, bucket in enumerate(self.buckets):
+            if bucket.whole_grads is None:
+                bucket.grads.zero_()
+            else:
+                self._open[number, STEP] = bucket.whole_grads.zero_()
+
+    def enter(self, microbatch: int) -> None:
+        """What lands from now on belongs to that microbatch."""
+        if self.stage >= 2:
+            self._group = microbatch
 
     def reduce(self, stage: int) -> None:
         """Start those reductions of a stage, its gradients complete, that have not started yet."""
-        for number, bucket in enumerate(self.buckets):
-            if bucket.layout.key.stage == stage and self._pending[number] is None:
-                self._start(number)
+        for part in list(self._open):
+            if self.buckets[part[0]].layout.key.stage == stage and part not in self._pending:
+                self._start(part)
 
     def finish(self) -> None:
-        """Wait for all reductions: `grads_of` then has sums over microbatches and data ranks."""
+        """Wait for all reductions: `Bucket.grads` then is summed over microbatches and data."""
+        assert set(self._open) <= set(self._pending), "R was not run for every stage"
+        tied = {n for n, bucket in enumerate(self.buckets) if bucket.layout.key.tied}
+        for part in [p for p in self._pending if p[0] in tied]:
+            self._collect(part)
         tying = []
-        for number, bucket in enumerate(self.buckets):
-            if bucket.layout.key.tied:
-                self._wait(number)
-                assert self.mesh.tie is not None
-                tying.append(comm.all_reduce_start(self.grads_of(bucket), self.mesh.tie))
-        for number in range(len(self.buckets)):
-            self._wait(number)
+        for number in sorted(tied):
+            assert self.mesh.tie is not None
+            tying.append(comm.all_reduce_start(self.buckets[number].grads, self.mesh.tie))
+        for part in list(self._pending):
+            self._collect(part)
         for pending in tying:
             pending.wait()
 
@@ -77,12 +104,17 @@ class Zero:
 
     def updated_range(self, bucket: Bucket) -> Span:
         """The range this rank updates: its own, or all where the optimizer state is replicated."""
-        return self.my_range(bucket) if self.stage >= 1 else (0, bucket.layout.size)
+        return bucket.updated
 
     def grads_of(self, bucket: Bucket) -> Tensor:
         """The reduced gradients of the updated range, flat; valid after `finish`."""
-        lo, hi = self.updated_range(bucket)
-        return bucket.grads[lo:hi]
+        return bucket.grads
+
+    def all_landed(self, num_microbatches: int) -> bool:
+        """Whether every use of every parameter has landed once a microbatch, and nothing else."""
+        groups = range(num_microbatches) if self.stage >= 2 else (STEP,)
+        wanted = {(n, g): uses for n, uses in enumerate(self.expected) for g in groups}
+        return dict(self.landed) == wanted
 
     def gather_params(self) -> None:
         """After an update: give every rank the ranges that the others updated."""
@@ -97,27 +129,56 @@ class Zero:
         for gathering in pending:
             gathering.wait()
 
+    def _home(self, param: nn.Parameter) -> Tensor:
+        """Where a contribution of the current microbatch to this parameter is to be added."""
+        number, slot_idx = self._of[id(param)]
+        part = (number, self._group)
+        if part not in self._open:
+            self._open[part] = self._new_lane(self.buckets[number])
+        slot = self.buckets[number].layout.slots[slot_idx]
+        return self._open[part][slot.start : slot.stop].view(slot.shape)
+
+    def _new_lane(self, bucket: Bucket) -> Tensor:
+        """A cleared flat tensor for the whole gradients of a bucket.
+
+        Once LANES of that size are in use, a reduction has to end and give its memory back first.
+        """
+        size = bucket.layout.size
+        spare = self._spare.setdefault(size, [])
+        if not spare and self._lanes[size] >= LANES:
+            same = [p for p in self._pending if self.buckets[p[0]].layout.size == size]
+            for part in same[:1]:
+                self._collect(part)
+        if spare:
+            return spare.pop().zero_()
+        self._lanes[size] += 1
+        return torch.zeros(size, dtype=bucket.grad_dtype, device=bucket.params.device)
+
     def _on_landed(self, param: nn.Parameter) -> None:
-        number = self._of[id(param)]
-        self.landed[number] += 1
-        # One more would be written into memory that is being reduced.
-        assert self.landed[number] <= self.expected[number], (
-            "a gradient landed more often than its parameter's `uses` says, or before `begin`"
-        )
-        if self.landed[number] == self.expected[number]:
-            self._start(number)
+        number, _ = self._of[id(param)]
+        part = (number, self._group)
+        self.landed[part] += 1
+        # More would be written into memory that is being reduced: `uses` says too little.
+        assert self.landed[part] <= self.expected[number], "landed more often than its uses say"
+        if self.landed[part] == self.expected[number]:
+            self._start(part)
 
-    def _start(self, number: int) -> None:
-        bucket = self.buckets[number]
+    def _start(self, part: Part) -> None:
+        number, _ = part
+        whole = self._open[part]
         for name, (lo, hi) in self._partials[number]:
-            comm.all_reduce(bucket.grads[lo:hi], self.mesh.axes[name])
+            comm.all_reduce(whole[lo:hi], self.mesh.axes[name])
         if self.stage == 0:
-            self._pending[number] = comm.all_reduce_start(bucket.grads, self.axis)
+            self._pending[part] = comm.all_reduce_start(whole, self.axis)
         else:
-            mine = self.grads_of(bucket)
-            self._pending[number] = comm.reduce_scatter_start(bucket.grads, self.axis, out=mine)
+            lo, hi = self.my_range(self.buckets[number])
+            self._pending[part] = comm.reduce_scatter_start(whole, self.axis, out=whole[lo:hi])
 
-    def _wait(self, number: int) -> None:
-        pending = self._pending[number]
-        assert pending is not None, "R was not run for every stage"
-        pending.wait()
+    def _collect(self, part: Part) -> None:
+        """Wait for a reduction; at stage 2 add its shard to the sums and keep its memory."""
+        self._pending.pop(part).wait()
+        whole, bucket = self._open.pop(part), self.buckets[part[0]]
+        if bucket.whole_grads is None:
+            lo, hi = self.my_range(bucket)
+            bucket.grads.add_(whole[lo:hi])
+            self._spare[bucket.layout.size].append(whole)

@@ -163,7 +163,9 @@ def build_engine(
     for stage in stages.values():
         initialize(stage, config.train.seed)
     optimizer = Optimizer(zero, config.optim)
-    pipeline = Pipeline(make, stages, mesh, dtype=dtype, device=device, reduce=zero.reduce)
+    pipeline = Pipeline(
+        make, stages, mesh, dtype=dtype, device=device, enter=zero.enter, reduce=zero.reduce
+    )
     return Engine(config, mesh, device, dtype, stages, zero, optimizer, pipeline)
 
 

@@ -98,7 +98,7 @@ def test_owned_numbers_of_all_ranks_are_the_model_once(sizes, tied):
 def test_boxes_find_every_number_in_the_flat_tensor(sizes):
     mesh, buckets = planned(sizes, prod(sizes.values()) - 1)
     for layout, params in buckets:
-        bucket = Bucket(layout, params, CPU)
+        bucket = Bucket(layout, params, CPU, whole_grads=True, updated=(0, layout.size))
         for param in params:  # each number names its place in the whole tensor; padding is -1
             traits = traits_of(param)
             every = torch.arange(prod(traits.shard.shape)).view(traits.shard.shape)
@@ -156,7 +156,7 @@ def test_gradients_of_narrow_parameters_are_kept_in_float32():
     module, _ = module_of(a=whole(4))
     module.a.data = module.a.data.to(torch.bfloat16)
     ((layout, params),) = plan({0: module}, ways=1, bucket_bytes=1e9)
-    bucket = Bucket(layout, params, CPU)
+    bucket = Bucket(layout, params, CPU, whole_grads=True, updated=(0, layout.size))
     (module.a * torch.full((4,), 1 / 3)).sum().backward()
     assert bucket.params.dtype == torch.bfloat16 and bucket.grads.dtype == torch.float32
     assert module.a.grad.data_ptr() == bucket.grads.data_ptr()

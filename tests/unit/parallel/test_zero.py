@@ -83,3 +83,34 @@ def test_ranks_update_their_range_in_stage_1_and_everything_in_stage_0():
         (bucket,) = zero.buckets
         assert zero.my_range(bucket) == (128, 192) and zero.updated_range(bucket) == updated
         assert zero.grads_of(bucket).numel() == updated[1] - updated[0]
+
+
+def test_stage_2_holds_whole_gradients_of_two_microbatches_at_most():
+    mesh = Mesh({"dp": 4}, rank=1, kind="fake")
+    module, zero = zero_of("a", "b", stage=2, mesh=mesh)
+    (bucket,) = zero.buckets
+    zero.begin(5)
+    for microbatch in range(5):
+        zero.enter(microbatch)
+        module.a.sum().backward()
+        module.b.sum().backward()
+    zero.reduce(0)
+    zero.finish()
+    assert module.a.grad is None and bucket.whole_grads is None
+    assert bucket.grads.numel() == bucket.layout.size // 4
+    assert reductions(zero) == ["reduce_scatter"] * 5
+    assert len(zero._spare[bucket.layout.size]) == 2
+
+
+def test_stage_2_on_one_rank_sums_what_stage_0_sums():
+    found = []
+    for stage in (0, 2):
+        module, zero = zero_of("a", "b", stage=stage)
+        zero.begin(3)
+        for microbatch in range(3):
+            zero.enter(microbatch)
+            ((microbatch + 1) * module.a * module.b).sum().backward()
+        zero.reduce(0)
+        zero.finish()
+        found.append(zero.buckets[0].grads.clone())
+    assert torch.equal(*found)
