@@ -200,8 +200,8 @@ def check_layout(config: Config, world_size: int) -> None:
     _check_tp(config)
     _check_stages(config)
     lay, train = config.layout, config.train
-    if lay.zero > 2:
-        raise UserError(f"--zero {lay.zero}: stages 0, 1 and 2 exist (use one of them)")
+    if lay.zero > 3:
+        raise UserError(f"--zero {lay.zero}: there are stages 0 to 3 (use one of them)")
     step = train.micro_batch_size * config.data_ranks(world_size)
     batch = train.global_batch_size
     if batch % step:

@@ -104,7 +104,7 @@ class LayoutConfig:
     pp_layers: tuple[int, ...] | None = None
     """Layers of each stage, as 3,3,2,2 (None: balanced, with embedding and head counted)."""
     zero: int = 1
-    """ZeRO stage: 1 cuts the optimizer state over the data parallel ranks, 2 the gradients too."""
+    """ZeRO stage: 1 cuts the optimizer state over data ranks, 2 gradients too, 3 parameters too."""
     sequence_parallel: bool = True
     """Cut norms and residuals over tp along the sequence (does nothing at tp 1)."""
     bucket_mb: float | None = None

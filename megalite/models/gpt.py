@@ -18,6 +18,7 @@ from megalite.core.call import Call
 from megalite.core.config import ModelConfig
 from megalite.core.mesh import Mesh
 from megalite.core.params import gaussian, new_param
+from megalite.core.unit import RunUnit, Unit, plainly
 from megalite.layers.attention import Attention
 from megalite.layers.dropout import dropout
 from megalite.layers.embedding import Embedding, Positions
@@ -102,24 +103,42 @@ class GPT(nn.Module):
                 cut = shard.column(cfg.vocab_size, cfg.hidden_size)
                 self.head = new_param(cut, tp.named, init=gaussian(cfg.init_std))
         self.key = rng.key(seed, "dropout", "embedding")
+        self.run_unit: RunUnit = plainly
+
+    def units(self) -> list[Unit]:
+        """The parts of this stage in the order in which a forward runs them."""
+        units = []
+        if self.first:
+            entry = [self.embedding.weight]
+            if self.cfg.position == "learned":
+                entry.append(self.position.weight)
+            units.append(Unit("embedding", self._embed, tuple(entry)))
+        for number, layer in self.layers.items():
+            units.append(Unit(f"layers.{number}", layer, tuple(layer.parameters())))
+        if self.last:
+            table = self.embedding.weight if self.cfg.tie_embeddings else self.head
+            head = (*self.final_norm.parameters(), table)
+            units.append(Unit("head", self._head, head))
+        return units
 
     def forward(self, x: Tensor | None, call: Call) -> Tensor:
         """[r, b, h] (the first takes tokens) -> [r, b, h], the loss sum, or logits [s, b, v/tp]."""
         # A norm's gradient is summed over tp if, and only if, its rows were cut.
         assert not torch.is_grad_enabled() or self.rows_cut == (call.seq_cut is not None)
-        if self.first:
-            x = self.embedding(call)
-            if self.cfg.position == "learned":
-                x = self.position(x, call)
-            x = dropout(x, self.cfg.dropout, self.key, call)
+        for unit in self.units():
+            x = self.run_unit(unit, x, call)
         assert x is not None
-        for layer in self.layers.values():
-            x = layer(x, call)
-        return self._head(x, call) if self.last else x
+        return x
 
     def boundary_shape(self, call: Call) -> tuple[int, ...]:
         """Shape of the residual stream that enters or leaves a stage on this rank."""
         return (call.rows, call.batch, self.cfg.hidden_size)
+
+    def _embed(self, nothing: None, call: Call) -> Tensor:
+        x = self.embedding(call)
+        if self.cfg.position == "learned":
+            x = self.position(x, call)
+        return dropout(x, self.cfg.dropout, self.key, call)
 
     def _head(self, x: Tensor, call: Call) -> Tensor:
         table = self.embedding.weight if self.cfg.tie_embeddings else self.head

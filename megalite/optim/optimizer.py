@@ -35,22 +35,19 @@ class Optimizer:
         """Take the parameters as they are for the master copies: after initialisation."""
         for bucket, master in zip(self.zero.buckets, self.masters, strict=True):
             if master is not None:
-                lo, hi = bucket.updated
-                master.copy_(bucket.params[lo:hi])
+                master.copy_(bucket.weights)
 
     def numbers(self, bucket_idx: int) -> dict[str, Tensor]:
         """What a checkpoint keeps of that bucket: flat tensors over the updated range, by name."""
         bucket, master = self.zero.buckets[bucket_idx], self.masters[bucket_idx]
-        lo, hi = bucket.updated
-        weights = bucket.params[lo:hi] if master is None else master
+        weights = bucket.weights if master is None else master
         return {"weights": weights, **self.states[bucket_idx]}
 
     def write_params(self) -> None:
         """Make the parameters follow the master copies, and give every rank all of them."""
         for bucket, master in zip(self.zero.buckets, self.masters, strict=True):
             if master is not None:
-                lo, hi = bucket.updated
-                bucket.params[lo:hi].copy_(master)
+                bucket.weights.copy_(master)
         self.zero.gather_params()
 
     def sum_of_squares(self) -> Tensor:

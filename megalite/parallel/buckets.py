@@ -48,6 +48,8 @@ class Key:
     decay: bool
     lr_mult: float
     tied: bool
+    unit: str = ""
+    """The unit whose parameters these are, where each unit has buckets of its own."""
 
 
 @dataclass(frozen=True)
@@ -156,18 +158,23 @@ class Bucket:
         *,
         whole_grads: bool,
         updated: Span,
+        whole_params: bool = True,
     ):
         self.layout, self.updated = layout, updated
         dtype = layout.key.dtype
         self.grad_dtype = acc_dtype(dtype)
         self.params = torch.zeros(layout.size, dtype=dtype, device=device)
         lo, hi = updated
+        self.weights = self.params[lo:hi] if whole_params else self.params[lo:hi].clone()
+        """The parameters of the updated range: a part of `params`, or what alone is kept of it."""
         size = layout.size if whole_grads else hi - lo
         held = torch.zeros(size, dtype=self.grad_dtype, device=device)
         self.whole_grads = held if whole_grads else None
         """Where the backward adds, all step long; None where that is a lane for each microbatch."""
         self.grads = held[lo:hi] if whole_grads else held
         """The reduced gradients of the updated range."""
+        self.is_whole = True
+        """Whether `params` has its memory; ZeRO-3 takes it away between uses."""
         self.uses = 0
         for slot, param in zip(layout.slots, params, strict=True):
             param.data = self.params[slot.start : slot.stop].view(slot.shape)
@@ -178,12 +185,16 @@ class Bucket:
 
 
 def plan(
-    stages: Mapping[int, nn.Module], *, ways: int, bucket_bytes: float
+    stages: Mapping[int, nn.Module],
+    *,
+    ways: int,
+    bucket_bytes: float,
+    unit_of: Callable[[nn.Parameter], str] = lambda param: "",
 ) -> list[tuple[FlatLayout, list[nn.Parameter]]]:
     """Sort the parameters of this rank's stages into buckets of about `bucket_bytes` of gradients.
 
     Last layers come first: their gradients are complete first. The order is the same on every rank
-    that holds these stages.
+    that holds these stages. Parameters with different `unit_of` never share a bucket.
     """
     seen: set[int] = set()
     groups: dict[Key, list[tuple[str, nn.Parameter]]] = {}
@@ -196,7 +207,7 @@ def plan(
             tied = traits.shard.tied is not None
             # A table that two stages of this rank share belongs to the first of them.
             home = min(n for n, s in stages.items() if any(p is param for p in s.parameters()))
-            key = Key(home, param.dtype, traits.decay, traits.lr_mult, tied)
+            key = Key(home, param.dtype, traits.decay, traits.lr_mult, tied, unit_of(param))
             groups.setdefault(key, []).append((name, param))
     planned = []
     for key, members in groups.items():

@@ -1,16 +1,18 @@
 """ZeRO as one policy over flat buckets: which of optimizer state, gradients, parameters is cut.
 
-Stage 0 shards nothing, 1 the optimizer state, 2 the gradients as well. Rajbhandari et al. 2020
-(arXiv 1910.02054). A bucket's reduction starts when the last contribution to it has landed: once a
-step, or at stage 2 once a microbatch, so that a whole gradient exists only while it is being made
-and reduced. It runs beside what is left of the backward; `reduce` (the schedule's R) starts the
-rest, `finish` waits.
+Stage 0 shards nothing, 1 the optimizer state, 2 the gradients as well, 3 the parameters too
+(gather.py). Rajbhandari et al. 2020 (arXiv 1910.02054). A bucket's reduction starts when the last
+contribution to it has landed: once a step, or from stage 2 on once a microbatch, so that a whole
+gradient exists only while it is being made and reduced. It runs beside what is left of the
+backward; `reduce` (the schedule's R) starts the rest, `finish` waits.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +20,9 @@ from torch import Tensor, nn
 from megalite.core import comm
 from megalite.core.mesh import Mesh
 from megalite.core.params import listen
+from megalite.core.unit import HasUnits
 from megalite.parallel.buckets import Bucket, Span, plan
+from megalite.parallel.gather import Gatherer, keep_range, whole
 
 STEP = -1
 """The group of contributions that are reduced once a step; others are numbers of microbatches."""
@@ -46,13 +50,26 @@ class Zero:
         self.axis = mesh.axis("dp", "cp")
         self.buckets: list[Bucket] = []
         self._of: dict[int, tuple[int, int]] = {}
-        for layout, params in plan(stages, ways=self.axis.size, bucket_bytes=bucket_bytes):
+        unit_of = units_of(stages) if stage >= 3 else lambda param: ""
+        planned = plan(stages, ways=self.axis.size, bucket_bytes=bucket_bytes, unit_of=unit_of)
+        for layout, params in planned:
             for slot_idx, param in enumerate(params):
                 self._of[id(param)] = (len(self.buckets), slot_idx)
                 listen(param, self._on_landed, self._home if stage >= 2 else None)
             updated = layout.range_of(self.axis.idx) if stage >= 1 else (0, layout.size)
-            whole = stage < 2
-            self.buckets.append(Bucket(layout, params, device, whole_grads=whole, updated=updated))
+            bucket = Bucket(
+                layout,
+                params,
+                device,
+                whole_grads=stage < 2,
+                whole_params=stage < 3,
+                updated=updated,
+            )
+            self.buckets.append(bucket)
+        if stage >= 3:
+            bucket_of = {param: self.buckets[number] for param, (number, _) in self._of.items()}
+            for module in stages.values():
+                Gatherer(cast(HasUnits, module), bucket_of, self.axis)
         self._partials = [b.layout.partial_spans(mesh.axes) for b in self.buckets]
         self._spare: dict[int, list[Tensor]] = {}
         self._lanes: Counter[int] = Counter()
@@ -116,9 +133,19 @@ class Zero:
         wanted = {(n, g): uses for n, uses in enumerate(self.expected) for g in groups}
         return dict(self.landed) == wanted
 
+    def keep_params(self) -> None:
+        """Take the parameters, all of them there, as this rank's: after initialisation."""
+        if self.stage >= 3:
+            for bucket in self.buckets:
+                keep_range(bucket)
+
+    def whole_params(self) -> AbstractContextManager[None]:
+        """All parameters there for a `with` body, which may overwrite them; all ranks call it."""
+        return whole(self.buckets, self.axis)
+
     def gather_params(self) -> None:
-        """After an update: give every rank the ranges that the others updated."""
-        if self.stage == 0:
+        """After an update: give every rank the ranges that the others updated, if it keeps them."""
+        if self.stage in (0, 3):
             return
         pending = []
         for bucket in self.buckets:
@@ -182,3 +209,13 @@ class Zero:
             lo, hi = self.my_range(bucket)
             bucket.grads.add_(whole[lo:hi])
             self._spare[bucket.layout.size].append(whole)
+
+
+def units_of(stages: Mapping[int, nn.Module]) -> Callable[[nn.Parameter], str]:
+    """The first unit of a rank's stages that uses a parameter, by name."""
+    names: dict[int, str] = {}
+    for _, stage in sorted(stages.items()):
+        for unit in cast(HasUnits, stage).units():
+            for param in unit.params:
+                names.setdefault(id(param), unit.name)
+    return lambda param: names[id(param)]

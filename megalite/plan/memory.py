@@ -7,6 +7,7 @@ what one layer's backward keeps, times the microbatches the schedule holds at it
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from math import prod
 
@@ -17,6 +18,7 @@ from megalite.core.mesh import Mesh
 from megalite.core.params import acc_dtype
 from megalite.models.build import build_stages, split_layers
 from megalite.parallel.buckets import plan
+from megalite.parallel.zero import LANES, units_of
 from megalite.schedule.simulate import peak_live
 from megalite.train.build import BUCKET_MB, mesh_factors, mesh_sizes, schedule_maker
 
@@ -65,11 +67,23 @@ def stage_memory(config: Config, world_size: int, pp_idx: int, dtype: torch.dtyp
         for stage in stages.values():
             stage.to(dtype)
     megabytes = layout.bucket_mb or BUCKET_MB["cuda" if dtype != torch.float32 else "cpu"]
-    planned = plan(stages, ways=mesh.axis("dp", "cp").size, bucket_bytes=megabytes * 2**20)
-    size = sum(layout.size for layout, _ in planned)
+    planned = plan(
+        stages,
+        ways=mesh.axis("dp", "cp").size,
+        bucket_bytes=megabytes * 2**20,
+        unit_of=units_of(stages) if layout.zero >= 3 else lambda param: "",
+    )
+    size = sum(flat.size for flat, _ in planned)
+    # What is whole for a while: two gradients of each bucket size; the unit that runs and the next.
+    lanes = LANES * sum({flat.size for flat, _ in planned}) if layout.zero >= 2 else 0
+    units: Counter[str] = Counter()
+    for flat, _ in planned:
+        units[flat.key.unit] += flat.size
+    running = sum(sorted(units.values())[-2:]) if layout.zero >= 3 else 0
     wide = acc_dtype(dtype).itemsize
     states = STATES[config.optim.optimizer] + (dtype.itemsize != wide)
-    ways = mesh.axis("dp", "cp").size if layout.zero >= 1 else 1
+    ways = mesh.axis("dp", "cp").size
+    cut = {stage: ways if layout.zero >= stage else 1 for stage in (1, 2, 3)}
     counts = layout.pp_layers or split_layers(model, schedule.num_stages)
     held = sum(counts[stage] for stage in stages)
     live = peak_live(schedule)[pp_idx] / len(stages)
@@ -78,9 +92,9 @@ def stage_memory(config: Config, world_size: int, pp_idx: int, dtype: torch.dtyp
         pp=pp_idx,
         layers=held,
         parameters=sum(p.numel() for flat, params in planned for p in params),
-        weights=size * dtype.itemsize,
-        grads=size * wide,
-        optimizer=size * wide * states // ways,
+        weights=(size // cut[3] + running) * dtype.itemsize,
+        grads=(size // cut[2] + lanes) * wide,
+        optimizer=size // cut[1] * wide * states,
         activations=int(live * held * per_layer),
         logits=_logits(model, config, dtype.itemsize) if schedule.num_stages - 1 in stages else 0,
     )
@@ -89,15 +103,15 @@ def stage_memory(config: Config, world_size: int, pp_idx: int, dtype: torch.dtyp
 def layer_activations(model: ModelConfig, config: Config, itemsize: int) -> int:
     """Bytes that one layer keeps for the backward of one microbatch.
 
-    Cut over tp: queries, keys, values, attention's output twice (SDPA's and the projection's
-    input), and the MLP's inner rows before and after its nonlinearity. Of the residual's width, cut
-    over tp only with sequence parallelism: the inputs and outputs of both norms.
+    Cut over tp: queries, keys, values, attention's output, and the MLP's inner rows before and
+    after its nonlinearity. Of the residual's width, cut over tp only with sequence parallelism: the
+    inputs and outputs of both norms.
     """
     layout = config.layout
     rows = model.seq_len // layout.cp * config.train.micro_batch_size
     q, kv = model.num_heads * model.head_dim, max(model.kv_heads, layout.tp) * model.head_dim
     inner = model.ffn * (4 if model.activation == "swiglu" else 2)
-    cut = (3 * q + 2 * kv + inner) / layout.tp
+    cut = (2 * q + 2 * kv + inner) / layout.tp
     residual = 4 * model.hidden_size / (layout.tp if layout.sequence_parallel else 1)
     return int(rows * itemsize * (cut + residual))
 

@@ -162,6 +162,7 @@ def build_engine(
     zero = Zero(stages, mesh, stage=layout.zero, bucket_bytes=megabytes * 2**20, device=device)
     for stage in stages.values():
         initialize(stage, config.train.seed)
+    zero.keep_params()
     optimizer = Optimizer(zero, config.optim)
     pipeline = Pipeline(
         make, stages, mesh, dtype=dtype, device=device, enter=zero.enter, reduce=zero.reduce

@@ -231,8 +231,9 @@ class Run:
         if train.init_from:
             directory, manifest, _ = newest_for_all(Path(train.init_from), self.mesh, self.device)
             _check_same_model(self.config, manifest, directory)
-            for stage in self.engine.stages.values():
-                load_weights(Reader(directory, manifest), dict(stage.named_parameters()))
+            with self.engine.zero.whole_params():
+                for stage in self.engine.stages.values():
+                    load_weights(Reader(directory, manifest), dict(stage.named_parameters()))
             self.engine.optimizer.read_params()
         return 0, 0, 0
 

@@ -109,7 +109,8 @@ def compare(
         assert engine.zero.all_landed(engine.config.num_microbatches(world)), engine.zero.landed
         owned += _compare_grads(engine, step, found.correction, want, see)
         update(engine, found, lr=engine.config.optim.lr)
-        _compare_weights(engine, step, want, see)
+        with engine.zero.whole_params():
+            _compare_weights(engine, step, want, see)
     return {"worst": worst, "owned": owned // steps}
 
 
@@ -143,7 +144,7 @@ def _compare_weights(engine: Engine, step: int, want: dict, see) -> None:
             whole = want[f"{step}/weights/{name}"]
             inside = 0
             for piece in traits.shard.pieces(traits.axes):
-                ours = param.detach()[slices(piece.local)].double().numpy()
+                ours = param.detach()[slices(piece.local)].double().clone().numpy()
                 gap = float(np.abs(ours - whole[slices(piece.whole)]).max())
                 see("weights", f"{name} step {step}", gap / max(1e-3, float(np.abs(whole).max())))
                 see("update", f"{name} step {step}", gap / engine.config.optim.lr)

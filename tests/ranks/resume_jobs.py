@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -64,9 +65,10 @@ def advance(engine: Engine, samples: int, steps: int) -> tuple[int, list[str]]:
 def state_of(engine: Engine) -> str:
     """A hash of all that this rank holds: parameters, optimizer state and its step."""
     digest = hashlib.sha256(str(engine.optimizer.step_count).encode())
-    for idx, bucket in enumerate(engine.zero.buckets):
-        for name, flat in {"params": bucket.params, **engine.optimizer.numbers(idx)}.items():
-            digest.update(name.encode() + flat.numpy().tobytes())
+    with engine.zero.whole_params():
+        for idx, bucket in enumerate(engine.zero.buckets):
+            for name, flat in {"params": bucket.params, **engine.optimizer.numbers(idx)}.items():
+                digest.update(name.encode() + flat.clone().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -101,23 +103,28 @@ def train_and_save(rank: int, world: int, config: dict, out: str) -> None:
 def load_elsewhere(rank: int, world: int, config: dict, run: str, weights_only: bool) -> list:
     """Load another layout's checkpoint; gives name, box and numbers of what this rank holds."""
     engine = engine_of(Config.from_dict(config), rank, world, "float32")
-    for bucket in engine.zero.buckets:
-        bucket.params.fill_(7.0)  # a number that is not loaded shows
+    with engine.zero.whole_params():
+        for bucket in engine.zero.buckets:
+            bucket.params.fill_(7.0)  # a number that is not loaded shows
     directory, manifest, _ = mf.newest(Path(run))
     reader = Reader(directory, manifest)
     if weights_only:
-        for stage in engine.stages.values():
-            load_weights(reader, dict(named_parameters(stage)))
+        with engine.zero.whole_params():
+            for stage in engine.stages.values():
+                load_weights(reader, dict(named_parameters(stage)))
     else:
         load_optimizer(reader, engine.optimizer)
-    found = []
+    with engine.zero.whole_params():
+        return list(_pieces_held(engine))
+
+
+def _pieces_held(engine: Engine) -> Iterator[tuple]:
     for stage in engine.stages.values():
         for name, param in named_parameters(stage):
             traits = traits_of(param)
             for piece in traits.shard.pieces(traits.axes):
                 numbers = param.detach()[slices(piece.local)].tolist()
-                found.append((name, piece.whole, numbers))
-    return found
+                yield name, piece.whole, numbers
 
 
 def save_and_fail(rank: int, world: int, config: dict, out: str, who: int, how: str) -> dict:

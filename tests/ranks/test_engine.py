@@ -12,8 +12,9 @@ def test_backward_split_into_i_and_w_gives_the_gradients_of_1f1b(world, run_rank
     run_ranks(JOBS + "check_split_backward", world)
 
 
-def test_fork_with_plain_linears_trains_to_the_same_numbers(run_ranks):
-    run_ranks(JOBS + "check_plain_layer", 2)
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_fork_with_plain_linears_trains_to_the_same_numbers(zero, run_ranks):
+    run_ranks(JOBS + "check_plain_layer", 2, zero=zero)
 
 
 def test_storage_of_a_sent_output_is_freed(run_ranks):

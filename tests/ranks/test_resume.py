@@ -40,6 +40,7 @@ RESUMED = [
     ({}, MODEL),
     ({"tp": 2, "pp": 2}, DROPOUT),
     ({"dp": 2, "zero": 1}, MODEL),
+    ({"pp": 2, "dp": 2, "zero": 3}, MODEL),
     ({"tp": 2, "pp": 2, "dp": 2}, MODEL),
 ]
 
@@ -86,12 +87,14 @@ SAVED = [
     ({"tp": 2, "pp": 2, "dp": 2, "zero": 1}, MODEL),
     ({"tp": 2, "pp": 2, "dp": 2, "zero": 0}, MODEL),
     ({"tp": 4, "dp": 2, "zero": 1}, UNTIED_KV),
+    ({"pp": 2, "dp": 3, "zero": 3}, MODEL),
 ]
 LOADED = [
     {},
     {"tp": 4},
     {"pp": 4},
     {"dp": 3},
+    {"dp": 2, "zero": 3},
     {"tp": 2, "pp": 2, "vpp": 2, "schedule": "interleaved"},
 ]
 
