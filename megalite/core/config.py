@@ -107,6 +107,8 @@ class LayoutConfig:
     """ZeRO stage: 1 cuts the optimizer state over data ranks, 2 gradients too, 3 parameters too."""
     sequence_parallel: bool = True
     """Cut norms and residuals over tp along the sequence (does nothing at tp 1)."""
+    recompute: Literal["none", "full"] = "none"
+    """Keep all activations, or only each layer's input and run the layer again in backward."""
     bucket_mb: float | None = None
     """Gradient bucket size in MB (None: 4 on gloo, 64 on NCCL)."""
 

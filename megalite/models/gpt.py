@@ -112,13 +112,13 @@ class GPT(nn.Module):
             entry = [self.embedding.weight]
             if self.cfg.position == "learned":
                 entry.append(self.position.weight)
-            units.append(Unit("embedding", self._embed, tuple(entry)))
+            units.append(Unit("embedding", self._embed, tuple(entry), is_layer=False))
         for number, layer in self.layers.items():
             units.append(Unit(f"layers.{number}", layer, tuple(layer.parameters())))
         if self.last:
             table = self.embedding.weight if self.cfg.tie_embeddings else self.head
             head = (*self.final_norm.parameters(), table)
-            units.append(Unit("head", self._head, head))
+            units.append(Unit("head", self._head, head, is_layer=False))
         return units
 
     def forward(self, x: Tensor | None, call: Call) -> Tensor:

@@ -47,6 +47,7 @@ class Gatherer:
         self.entry = 0
         """The first unit whose backward needs parameters: one that takes tokens looks at none."""
         self._pending: dict[int, comm.Pending] = {}
+        self.inner = stage.run_unit
         stage.run_unit = self.run
 
     def run(self, unit: Unit, x: Tensor | None, call: Call) -> Tensor:
@@ -57,7 +58,7 @@ class Gatherer:
         self._need(at, ahead=at + 1)
         if x is not None and torch.is_grad_enabled():
             x = _Gate.apply(x, lambda: self._drop(at))
-        y = unit.run(x, call)
+        y = self.inner(unit, x, call)
         if x is not None and torch.is_grad_enabled():
             y = _Gate.apply(y, lambda: self._need(at, ahead=at - 1 if at > self.entry else -1))
         self._drop(at)

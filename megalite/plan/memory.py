@@ -108,6 +108,9 @@ def layer_activations(model: ModelConfig, config: Config, itemsize: int) -> int:
     inputs and outputs of both norms.
     """
     layout = config.layout
+    if layout.recompute == "full":
+        rows = model.seq_len // layout.cp * config.train.micro_batch_size
+        return rows * model.hidden_size * itemsize // (layout.tp if layout.sequence_parallel else 1)
     rows = model.seq_len // layout.cp * config.train.micro_batch_size
     q, kv = model.num_heads * model.head_dim, max(model.kv_heads, layout.tp) * model.head_dim
     inner = model.ffn * (4 if model.activation == "swiglu" else 2)

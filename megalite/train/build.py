@@ -22,6 +22,7 @@ from megalite.core.config import Config
 from megalite.core.errors import UserError
 from megalite.core.mesh import Mesh
 from megalite.core.params import initialize
+from megalite.core.unit import RECOMPUTE
 from megalite.core.world import World
 from megalite.layers.attention import Attention
 from megalite.models.build import build_stages
@@ -158,6 +159,8 @@ def build_engine(
             seed=config.train.seed,
             attention=attention,
         )
+    for stage in stages.values():
+        stage.run_unit = RECOMPUTE[layout.recompute]
     megabytes = layout.bucket_mb if layout.bucket_mb is not None else BUCKET_MB[device.type]
     zero = Zero(stages, mesh, stage=layout.zero, bucket_bytes=megabytes * 2**20, device=device)
     for stage in stages.values():

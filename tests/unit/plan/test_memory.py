@@ -62,8 +62,9 @@ def test_zero_falls_in_order():
     assert totals == sorted(totals, reverse=True)
 
 
-def test_activations_are_what_autograd_keeps_of_a_layer():
-    config = replace(config_of(), train=replace(TRAIN, global_batch_size=2))
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_activations_are_what_autograd_keeps_of_a_layer(recompute):
+    config = replace(config_of(recompute=recompute), train=replace(TRAIN, global_batch_size=2))
     engine = build_engine(config, Mesh({}), device=torch.device("cpu"), dtype=torch.float32)
     kept: dict[int, int] = {}
 
@@ -74,12 +75,14 @@ def test_activations_are_what_autograd_keeps_of_a_layer():
 
     tokens = torch.zeros(MODEL.seq_len, TRAIN.micro_batch_size, dtype=torch.int64)
     call = make_call(tokens, tokens, torch.arange(2), seq_cut=None)
-    layer = engine.stages[0].layers["0"]
+    stage = engine.stages[0]
+    layer = stage.units()[1]
     x = torch.randn(MODEL.seq_len, TRAIN.micro_batch_size, MODEL.hidden_size, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        layer(x, call)
-    parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+        y = stage.run_unit(layer, x, call)
+    parameters = {p.untyped_storage().data_ptr() for p in layer.params}
     found = sum(size for pointer, size in kept.items() if pointer not in parameters)
+    assert y.grad_fn is not None
     assert found == pytest.approx(layer_activations(MODEL, config, 4), rel=0.05)
 
 
