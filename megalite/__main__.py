@@ -60,6 +60,16 @@ VERBS: dict[str, Verb] = {
         schema="megalite.core.config:Config",
         function="megalite.train.pretrain:pretrain",
     ),
+    "inspect": Verb(
+        about="show what a checkpoint, a dataset or a tokenizer holds",
+        schema="megalite.checkpoint.inspect:InspectArgs",
+        function="megalite.checkpoint.inspect:inspect",
+    ),
+    "convert one-file": Verb(
+        about="write a checkpoint's weights into one safetensors file",
+        schema="megalite.train.convert:OneFileArgs",
+        function="megalite.train.convert:one_file",
+    ),
     "generate": Verb(
         about="go on from a prompt with a trained model",
         schema="megalite.generate.args:GenerateArgs",

@@ -165,7 +165,7 @@ VERBS = [
      "preprocess, pretrain, generate)"),
     ("tokenizer", "tokenizer: use tokenizer train or show"),
     ("tokenizer learn", "tokenizer: unknown tokenizer verb 'learn'; use tokenizer train or show"),
-    ("--lr 3", "unknown verb '--lr' (known: corpus, tokenizer, preprocess, pretrain, generate)"),
+    ("--lr 3", "unknown verb '--lr' (known: corpus, tokenizer, preprocess, pretrain, inspect, convert, generate)"),
 ]  # fmt: skip
 
 ROWS = (
