@@ -160,12 +160,12 @@ GENERATE = [
     ("run def --temprature 1", "unknown option --temprature (did you mean --temperature?)"),
 ]
 
+KNOWN_VERBS = "corpus, tokenizer, preprocess, pretrain, inspect, convert, generate"
 VERBS = [
-    ("pretain", "unknown verb 'pretain' (did you mean pretrain? known: corpus, tokenizer, "
-     "preprocess, pretrain, generate)"),
+    ("pretain", f"unknown verb 'pretain' (did you mean pretrain? known: {KNOWN_VERBS})"),
     ("tokenizer", "tokenizer: use tokenizer train or show"),
     ("tokenizer learn", "tokenizer: unknown tokenizer verb 'learn'; use tokenizer train or show"),
-    ("--lr 3", "unknown verb '--lr' (known: corpus, tokenizer, preprocess, pretrain, inspect, convert, generate)"),
+    ("--lr 3", f"unknown verb '--lr' (known: {KNOWN_VERBS})"),
 ]  # fmt: skip
 
 ROWS = (
