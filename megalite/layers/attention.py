@@ -2,7 +2,7 @@
 
 Fewer kv heads than tp ranks are replicated. Next: context.py, which brings together the queries and
 keys of a sequence cut over cp, and core_attention.py, which attends. A fork's own attention is a
-class with this constructor and forward.
+class with this constructor and forward; over cp it has to mind `call.context`.
 """
 
 from __future__ import annotations
