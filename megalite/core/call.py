@@ -1,8 +1,8 @@
 """One microbatch on its way through the layers: its tokens, and how this pass is run.
 
 Every stage gets the same record, so shapes, positions and dropout masks are known everywhere before
-a step starts and never travel. Sequence parallelism is a property of the call, not of a layer:
-`seq_cut` is None when decoding or where tp is 1.
+a step starts and never travel. Sequence and context parallelism are properties of the call, not of
+a layer: `seq_cut` is None when decoding or where tp is 1, `context` when decoding or where cp is 1.
 """
 
 from __future__ import annotations
@@ -12,13 +12,37 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from megalite.core.mesh import Axis
+from megalite.core.shard import CONTEXT_ORDER, sequence_multiple, sequence_positions
 
 # s sequence on this context rank, b micro batch
 
 IGNORE = -1
 """A label that takes no part in the loss."""
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """How sequences are cut over the context parallel ranks, and how attention sees across."""
+
+    axis: Axis
+    form: str
+    """ring, gather or ulysses: layers/context.py has them."""
+
+    def multiple(self, rows: int) -> int:
+        """What a length must be a multiple of if each rank's part is cut over `rows` ranks more."""
+        return sequence_multiple(self.axis.size, CONTEXT_ORDER[self.form], rows=rows)
+
+    def spans(self, length: int, idx: int | None = None) -> list[range]:
+        """What rank `idx` (None: mine) holds of a sequence of `length` tokens, in its order."""
+        axis = self.axis if idx is None else replace(self.axis, idx=idx)
+        return sequence_positions(length, axis, order=CONTEXT_ORDER[self.form])
+
+    def take(self, x: Tensor) -> Tensor:
+        """My rows of `x` [length, ...]."""
+        return torch.cat([x[span.start : span.stop] for span in self.spans(x.shape[0])])
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,11 +54,13 @@ class Call:
     labels: Tensor | None
     """[s, b] int64, IGNORE where masked; None when no loss is wanted."""
     positions: Tensor
-    """[s] int64: place of each row in its sequence."""
+    """[s] int64: place of each row in its whole sequence."""
     samples: Tensor
     """[b] int64: number of each sample in the whole run; names its random numbers."""
     seq_cut: Axis | None = None
     """The axis that cuts the residual stream along s, or None."""
+    context: Context | None = None
+    """The cut of whole sequences of which s is my part, or None."""
     later: list[Callable[[], None]] | None = None
     """Where weight-gradient jobs wait for W; None runs them at once."""
     training: bool = True
@@ -47,6 +73,11 @@ class Call:
     @property
     def batch(self) -> int:
         return self.tokens.shape[1]
+
+    @property
+    def whole_len(self) -> int:
+        """Tokens of a sequence over all context ranks."""
+        return self.seq_len * self.context.axis.size if self.context else self.seq_len
 
     @property
     def rows(self) -> int:
@@ -66,10 +97,27 @@ class Call:
 
 
 def make_call(
-    tokens: Tensor, labels: Tensor | None, samples: Tensor, *, seq_cut: Axis | None
+    tokens: Tensor,
+    labels: Tensor | None,
+    samples: Tensor,
+    *,
+    seq_cut: Axis | None,
+    context: Context | None = None,
 ) -> Call:
-    """A training call over whole sequences [s, b]."""
-    positions = torch.arange(tokens.shape[0], device=tokens.device)
+    """A training call over this context rank's part of whole sequences [length, b].
+
+    Labels are those of the whole sequence, shifted already. A length that the context cut does not
+    divide is padded at its end with tokens that no other looks at, and labels that do not count.
+    """
     cut = seq_cut if seq_cut is not None and seq_cut.size > 1 else None
+    context = context if context is not None and context.axis.size > 1 else None
+    if context is not None:
+        missing = -tokens.shape[0] % context.multiple(cut.size if cut else 1)
+        tokens = pad(tokens, (0, 0, 0, missing))
+        labels = labels if labels is None else pad(labels, (0, 0, 0, missing), value=IGNORE)
+    positions = torch.arange(tokens.shape[0], device=tokens.device)
+    if context is not None:
+        tokens, positions = context.take(tokens), context.take(positions)
+        labels = labels if labels is None else context.take(labels)
     assert cut is None or tokens.shape[0] % cut.size == 0, (tuple(tokens.shape), cut)
-    return Call(tokens, labels, positions, samples, cut)
+    return Call(tokens, labels, positions, samples, cut, context)

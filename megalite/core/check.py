@@ -27,6 +27,7 @@ from typing import (
 )
 
 from megalite.core.errors import DataError, UserError
+from megalite.core.shard import CONTEXT_ORDER, sequence_multiple
 from megalite.schedule.check import check
 from megalite.schedule.custom import is_file, load_schedule
 from megalite.schedule.generators import CHUNKED, SCHEDULES
@@ -198,6 +199,7 @@ def check_layout(config: Config, world_size: int) -> None:
     """Raise UserError unless the layout fits the world, the model and the batch."""
     _check_world(config, world_size)
     _check_tp(config)
+    _check_cp(config)
     _check_stages(config)
     lay, train = config.layout, config.train
     if lay.zero > 3:
@@ -215,8 +217,6 @@ def check_layout(config: Config, world_size: int) -> None:
 
 def _check_world(config: Config, world_size: int) -> None:
     lay = config.layout
-    if lay.cp > 1:
-        raise UserError(f"--cp {lay.cp}: sequences are not cut over ranks yet (use --cp 1)")
     model_ranks = lay.tp * lay.pp * lay.cp
     product = f"{lay.tp}*{lay.pp}*{lay.cp}"
     if world_size % model_ranks:
@@ -253,10 +253,30 @@ def _check_tp(config: Config) -> None:
         raise UserError(
             f"--tp {tp}: --ffn-hidden-size {model.ffn} is not divisible by {tp} {allowed}"
         )
-    if lay.sequence_parallel and model.seq_len % tp:
+    if lay.sequence_parallel and lay.cp == 1 and model.seq_len % tp:
         raise UserError(
             f"--seq-len {model.seq_len}: sequence parallelism cuts it over --tp {tp} "
             f"(nearest: {choices(multiples_near(model.seq_len, tp))}; or --no-sequence-parallel)"
+        )
+
+
+def _check_cp(config: Config) -> None:
+    model, lay = config.model, config.layout
+    if lay.cp == 1:
+        return
+    rows = lay.tp if lay.sequence_parallel else 1
+    multiple = sequence_multiple(lay.cp, CONTEXT_ORDER[lay.cp_form], rows=rows)
+    if model.seq_len % multiple:
+        also = f" and sequence parallelism over --tp {rows}" if rows > 1 else ""
+        raise UserError(
+            f"--seq-len {model.seq_len}: --cp {lay.cp} --cp-form {lay.cp_form}{also} cut it "
+            f"{multiple} ways (nearest: {choices(multiples_near(model.seq_len, multiple))})"
+        )
+    heads = model.num_heads // lay.tp
+    if lay.cp_form == "ulysses" and heads % lay.cp:
+        raise UserError(
+            f"--cp-form ulysses: the {heads} heads of a tp rank are not divisible by --cp {lay.cp} "
+            f"(allowed: {choices(divisors(heads))}; or --cp-form ring)"
         )
 
 

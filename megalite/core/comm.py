@@ -2,14 +2,14 @@
 
 Every function takes the Axis it runs over and must be called by all ranks of that axis, in one
 order. On an axis of one rank it is the identity; on a fake axis it is logged and answered with
-empty tensors. `*_start` forms return a Pending whose `wait()` gives the result. The last four
+empty tensors. `*_start` forms return a Pending whose `wait()` gives the result. The last five
 functions are autograd pairs. What it is not: point-to-point transfers between pipeline stages
 (parallel/p2p.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -31,19 +31,19 @@ class Pending:
     """A collective under way. `wait()` gives its result when it has ended; again is free."""
 
     def __init__(
-        self, work: dist.Work | None, entry: Collective | None, finish: Callable[[], Tensor]
+        self, works: Sequence[dist.Work], entry: Collective | None, finish: Callable[[], Tensor]
     ):
-        self._work, self._entry, self._finish = work, entry, finish
+        self._works, self._entry, self._finish = works, entry, finish
         self._result: Tensor | None = None
 
     def wait(self) -> Tensor:
         if self._result is None:
-            if self._work is not None:
-                wait_for(self._work)
+            for work in self._works:
+                wait_for(work)
             if self._entry is not None:
                 self._entry.completed = True
             self._result = self._finish()
-            self._work = None
+            self._works = ()
         return self._result
 
 
@@ -56,7 +56,7 @@ def wait_for(work: dist.Work) -> None:
 
 
 def _done(x: Tensor) -> Pending:
-    return Pending(None, None, lambda: x)
+    return Pending((), None, lambda: x)
 
 
 def _log(op: str, wire: str, axis: Axis, whole: Tensor) -> Collective:
@@ -78,7 +78,7 @@ def all_reduce_start(x: Tensor, axis: Axis, op: str = "sum") -> Pending:
     if axis.is_fake:
         return _done(x)
     work = dist.all_reduce(x, _OPS[op], group=axis.group, async_op=True)
-    return Pending(work, entry, lambda: x)
+    return Pending([work], entry, lambda: x)
 
 
 def all_reduce(x: Tensor, axis: Axis, op: str = "sum") -> Tensor:
@@ -99,7 +99,7 @@ def all_gather_start(x: Tensor, axis: Axis, *, out: Tensor | None = None) -> Pen
     if axis.is_fake:
         return _done(whole)
     work = _all_gather_single(whole, x, group=axis.group, async_op=True)
-    return Pending(work, entry, lambda: whole)
+    return Pending([work], entry, lambda: whole)
 
 
 def all_gather(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
@@ -132,10 +132,10 @@ def reduce_scatter_start(x: Tensor, axis: Axis, *, out: Tensor | None = None) ->
         parts = torch.empty_like(x)
         work = dist.all_to_all_single(parts, x, group=axis.group, async_op=True)
         return Pending(
-            work, entry, lambda: torch.sum(parts.unflatten(0, (axis.size, mine)), 0, out=result)
+            [work], entry, lambda: torch.sum(parts.unflatten(0, (axis.size, mine)), 0, out=result)
         )
     work = _reduce_scatter_single(result, x, group=axis.group, async_op=True)
-    return Pending(work, entry, lambda: result)
+    return Pending([work], entry, lambda: result)
 
 
 def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
@@ -151,6 +151,40 @@ def broadcast(x: Tensor, axis: Axis, src: int = 0) -> Tensor:
             wait_for(dist.broadcast(x, axis.ranks[src], group=axis.group, async_op=True))
         entry.completed = True
     return x
+
+
+def shift_start(x: Tensor, axis: Axis) -> Pending:
+    """Begin to send `x` to the next rank, from the last to the first, and to receive likewise.
+
+    `x` has one shape on all ranks and must not be written to until `wait()` returns.
+    """
+    if axis.size == 1:
+        return _done(x)
+    x = x.contiguous()
+    entry = _log("shift", "send_recv", axis, x)
+    result = torch.empty_like(x)
+    if axis.is_fake:
+        return _done(result)
+    ahead, behind = (axis.ranks[(axis.idx + step) % axis.size] for step in (1, -1))
+    # One batch: NCCL would wait for ever in a ring of sends that each come before their receive.
+    both = [
+        dist.P2POp(dist.isend, x, ahead, axis.group),
+        dist.P2POp(dist.irecv, result, behind, axis.group),
+    ]
+    return Pending(dist.batch_isend_irecv(both), entry, lambda: result)
+
+
+def _exchange(x: Tensor, axis: Axis) -> Tensor:
+    if axis.size == 1:
+        return x.view_as(x)
+    assert x.shape[0] % axis.size == 0, (tuple(x.shape), axis.name, axis.size)
+    x = x.contiguous()
+    entry = _log("all_to_all", "all_to_all", axis, x)
+    result = torch.empty_like(x)
+    if axis.is_fake:
+        return result
+    work = dist.all_to_all_single(result, x, group=axis.group, async_op=True)
+    return Pending([work], entry, lambda: result).wait()
 
 
 def any_true(flag: bool, axis: Axis) -> bool:
@@ -207,6 +241,17 @@ class _ScatterSum(torch.autograd.Function):
         return all_gather(grad, ctx.axis), None
 
 
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, axis):
+        ctx.axis = axis
+        return _exchange(x, axis)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _exchange(grad, ctx.axis), None
+
+
 def replicate(x: Tensor, axis: Axis) -> Tensor:
     """`x` as it is; backward sums the gradients over the axis (Megatron's f)."""
     return _Replicate.apply(x, axis)
@@ -225,3 +270,8 @@ def gather(x: Tensor, axis: Axis) -> Tensor:
 def scatter_sum(x: Tensor, axis: Axis) -> Tensor:
     """The sum of `x` over the axis, my part along dim 0; backward gathers."""
     return _ScatterSum.apply(x, axis)
+
+
+def all_to_all(x: Tensor, axis: Axis) -> Tensor:
+    """[n m, ...]: part i of dim 0 goes to rank i, and part i comes from it; backward likewise."""
+    return _AllToAll.apply(x, axis)

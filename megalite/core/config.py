@@ -95,6 +95,8 @@ class LayoutConfig:
     """Pipeline parallel ranks: each holds a run of layers."""
     cp: int = 1
     """Context parallel ranks: each holds a part of every sequence."""
+    cp_form: Literal["ring", "gather", "ulysses"] = "ring"
+    """Attention over cp: keys travel round a ring, are gathered, or heads are cut by all-to-all."""
     dp: int | None = None
     """Data parallel ranks (None: all ranks that tp, pp and cp leave)."""
     vpp: int = 1

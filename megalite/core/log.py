@@ -19,14 +19,18 @@ class Collective:
     seq: int
     """Number of the call on this rank, from 0."""
     op: str
-    """What was asked for: all_reduce, all_gather, reduce_scatter, broadcast, send or recv."""
+    """What was asked for: all_reduce, all_gather, reduce_scatter, all_to_all, shift, broadcast,
+    send or recv.
+    """
     wire: str
     """What went over the wire: gloo may run a reduce_scatter as an all_to_all."""
     axis: str
     size: int
     """Ranks of the axis."""
     nbytes: int
-    """Bytes of the whole tensor: what all_reduce and reduce_scatter take, what all_gather gives."""
+    """Bytes of the whole tensor: what all_reduce, reduce_scatter, all_to_all and shift take, what
+    all_gather gives.
+    """
     site: str
     """file:line that asked."""
     completed: bool = False

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
-from typing import NamedTuple
+from math import lcm, prod
+from typing import TYPE_CHECKING, NamedTuple
 
-from megalite.core.mesh import Axis
+if TYPE_CHECKING:  # core/check.py asks about cuts before torch is imported
+    from megalite.core.mesh import Axis
 
 Box = tuple[tuple[int, int], ...]
 """(start, stop) for each dimension."""
@@ -191,6 +192,17 @@ def box_spans(shape: tuple[int, ...], box: Box) -> list[tuple[int, int]]:
     return merged
 
 
+CONTEXT_ORDER = {"ring": "zigzag", "gather": "zigzag", "ulysses": "contiguous"}
+"""In which order each form of context parallel attention has its rows. Ulysses puts the sequence
+together again, so its rows had best come in order.
+"""
+
+
+def sequence_multiple(cp: int, order: str, *, rows: int = 1) -> int:
+    """What a length must be a multiple of if each rank's part is cut over `rows` ranks more."""
+    return cp * lcm(1 if order == "contiguous" else 2, rows)
+
+
 def sequence_positions(s: int, cp: Axis, *, order: str = "contiguous") -> list[range]:
     """The positions of `s` tokens that this context rank holds, as ranges in local order.
 
@@ -198,7 +210,7 @@ def sequence_positions(s: int, cp: Axis, *, order: str = "contiguous") -> list[r
     gives rank i the i-th block from the front and the i-th from the back, so that causal work is
     even. Raises ValueError if the cut is not even.
     """
-    ways = cp.size if order == "contiguous" else 2 * cp.size
+    ways = sequence_multiple(cp.size, order)
     if s % ways:
         raise ValueError(
             f"a sequence of {s} tokens cannot be cut {ways} ways over cp ({order} order)"

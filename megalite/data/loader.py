@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from megalite.core import rng
-from megalite.core.call import IGNORE, Call, make_call
+from megalite.core.call import IGNORE, Call, Context, make_call
 from megalite.core.errors import DataError
 from megalite.core.mesh import Mesh
 
@@ -82,7 +82,7 @@ class Synthetic:
 
 
 class Loader:
-    """Gives this rank's microbatches of any step."""
+    """Gives this rank's microbatches of any step: its samples, and its part of each sequence."""
 
     def __init__(
         self,
@@ -94,6 +94,7 @@ class Loader:
         num_microbatches: int,
         device: torch.device,
         sequence_parallel: bool,
+        cp_form: str = "ring",
     ):
         if len(source) == 0:
             raise DataError(
@@ -102,6 +103,7 @@ class Loader:
         self.source, self.mesh, self.seed, self.device = source, mesh, seed, device
         self.micro_batch_size, self.num_microbatches = micro_batch_size, num_microbatches
         self.seq_cut = mesh.axis("tp") if sequence_parallel else None
+        self.context = Context(mesh.axis("cp"), cp_form)
 
     def step(self, consumed: int) -> list[Call]:
         """This rank's microbatches of the step that starts after `consumed` samples.
@@ -141,7 +143,11 @@ class Loader:
         both = both.to(self.device, non_blocking=True)
         samples = torch.tensor(numbers, dtype=torch.int64, device=self.device)
         return make_call(
-            both[:-1].clamp(min=0), both[1:].contiguous(), samples, seq_cut=self.seq_cut
+            both[:-1].clamp(min=0),
+            both[1:].contiguous(),
+            samples,
+            seq_cut=self.seq_cut,
+            context=self.context,
         )
 
 

@@ -1,15 +1,14 @@
 """Causal self-attention with grouped queries, heads cut over tp.
 
-Fewer kv heads than tp ranks are replicated. SDPA does the work; attention dropout and score caps
-take the written-out softmax. A fork's own attention is a class with this constructor and forward.
+Fewer kv heads than tp ranks are replicated. Next: context.py, which brings together the queries and
+keys of a sequence cut over cp, and core_attention.py, which attends. A fork's own attention is a
+class with this constructor and forward; over cp it has to mind `call.context`.
 """
 
 from __future__ import annotations
 
 from math import sqrt
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megalite.core import rng
@@ -18,13 +17,14 @@ from megalite.core.config import ModelConfig
 from megalite.core.mesh import Mesh
 from megalite.core.params import gaussian
 from megalite.core.shard import Block
-from megalite.layers.dropout import keep_mask
+from megalite.layers.context import attend
+from megalite.layers.core_attention import CoreAttention
 from megalite.layers.linear import ColumnLinear, RowLinear
 from megalite.layers.norm import Norm
 from megalite.layers.rope import Rope
-from megalite.ops.softmax import attention_mask, masked_softmax
 
-# s sequence, b micro batch, h hidden, n query heads and m kv heads on this rank, d head_dim
+# s sequence on this context rank, b micro batch, h hidden, n query heads and m kv heads on this
+# rank, d head_dim
 
 
 class Attention(nn.Module):
@@ -57,7 +57,7 @@ class Attention(nn.Module):
         self.key = rng.key(seed, "attention dropout", layer)
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
-        """Project, attend over the whole sequence, project back."""
+        """Project, attend over the whole sequence, of which s rows are here, project back."""
         n, m, d = self.num_heads, self.kv_heads, self.head_dim
         fused = self.qkv(x, call).unflatten(-1, (n + 2 * m, d))  # [s, b, (n + 2m), d]
         q, k, v = fused.split((n, m, m), dim=2)
@@ -65,37 +65,16 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope is not None:
             q, k = self.rope(q, call), self.rope(k, call)
-        q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))  # [b, n or m, s, d]
-        written_out = self.soft_cap is not None or (self.p > 0 and call.training)
-        y = self._explicit(q, k, v, call) if written_out else self._sdpa(q, k, v, call)
-        return self.out(y.permute(2, 0, 1, 3).flatten(2), call)  # [b, n, s, d] -> [s, b, n d]
-
-    def _sdpa(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-        grouped = self.num_heads != self.kv_heads
-        if self.window is None:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-        mask = attention_mask(call.positions, call.positions, self.window)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
-
-    def _explicit(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-        group = self.num_heads // self.kv_heads
-        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-        scores = q @ k.transpose(-1, -2) / sqrt(self.head_dim)  # [b, n, s, s]
-        if self.soft_cap is not None:
-            scores = self.soft_cap * torch.tanh(scores / self.soft_cap)
-        mask = attention_mask(call.positions, call.positions, self.window)
-        return self._dropped(masked_softmax(scores, mask), call) @ v
-
-    def _dropped(self, weights: Tensor, call: Call) -> Tensor:
-        """Dropout on `weights` [b, n, s, s], each keyed by its sample, head, query and key."""
-        if self.p == 0 or not call.training:
-            return weights
-        heads = torch.arange(self.num_heads, device=weights.device) + self.first_head
-        queries = call.positions[:, None]
-        samples = call.samples[:, None, None, None]
-        hashed = rng.rows(self.key, samples, heads[:, None, None], queries)  # [b, n, s, 1]
-        keep = keep_mask(hashed, call.positions, self.p).to(weights.dtype)
-        return weights * keep / (1 - self.p)
+        core = CoreAttention(
+            window=self.window,
+            soft_cap=self.soft_cap,
+            p=self.p if call.training else 0.0,
+            key=self.key,
+            samples=call.samples,
+            first_head=self.first_head,
+        )
+        y = attend(core, q, k, v, call)  # [s, b, n, d]
+        return self.out(y.flatten(2), call)
 
 
 ATTENTION = {"softmax": Attention}

@@ -83,6 +83,7 @@ class GPT(nn.Module):
         # Where the residual stream is cut along s, what acts on its rows sees only some of them.
         row_sum = ("tp",) if sequence_parallel else ()
         self.rows_cut = sequence_parallel and tp.size > 1
+        self.context_cut = mesh.axis("cp").size > 1
         tied = cfg.tie_embeddings
         if first or (last and tied):
             stages = (0, num_stages - 1) if tied and num_stages > 1 else None
@@ -125,6 +126,8 @@ class GPT(nn.Module):
         """[r, b, h] (the first takes tokens) -> [r, b, h], the loss sum, or logits [s, b, v/tp]."""
         # A norm's gradient is summed over tp if, and only if, its rows were cut.
         assert not torch.is_grad_enabled() or self.rows_cut == (call.seq_cut is not None)
+        # Gradients are summed over cp: of whole sequences they would count cp times.
+        assert not torch.is_grad_enabled() or self.context_cut == (call.context is not None)
         for unit in self.units():
             x = self.run_unit(unit, x, call)
         assert x is not None

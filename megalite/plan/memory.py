@@ -105,7 +105,8 @@ def layer_activations(model: ModelConfig, config: Config, itemsize: int) -> int:
 
     Cut over tp: queries, keys, values, attention's output, and the MLP's inner rows before and
     after its nonlinearity. Of the residual's width, cut over tp only with sequence parallelism: the
-    inputs and outputs of both norms.
+    inputs and outputs of both norms. Keys and values are those of all context ranks where they are
+    gathered.
     """
     layout = config.layout
     if layout.recompute == "full":
@@ -114,7 +115,8 @@ def layer_activations(model: ModelConfig, config: Config, itemsize: int) -> int:
     rows = model.seq_len // layout.cp * config.train.micro_batch_size
     q, kv = model.num_heads * model.head_dim, max(model.kv_heads, layout.tp) * model.head_dim
     inner = model.ffn * (4 if model.activation == "swiglu" else 2)
-    cut = (2 * q + 2 * kv + inner) / layout.tp
+    key_ranks = layout.cp if layout.cp_form == "gather" else 1
+    cut = (2 * q + 2 * kv * key_ranks + inner) / layout.tp
     residual = 4 * model.hidden_size / (layout.tp if layout.sequence_parallel else 1)
     return int(rows * itemsize * (cut + residual))
 

@@ -55,7 +55,9 @@ class Engine:
 
     @property
     def counts_loss(self) -> bool:
-        """Whether this rank's loss counts: one rank of the last stage for each part of a batch."""
+        """Whether this rank's loss counts: one rank of the last stage for each part of a batch, or
+        of its sequences.
+        """
         return self.pipeline.has_loss and self.mesh.coords["tp"] == 0
 
 

@@ -265,6 +265,7 @@ class Run:
             num_microbatches=self.config.num_microbatches(self.world.size),
             device=self.device,
             sequence_parallel=self.config.layout.sequence_parallel,
+            cp_form=self.config.layout.cp_form,
         )
 
     def _held_out(self) -> HeldOut | None:

@@ -7,12 +7,13 @@ gathered to be compared.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from megalite.core.call import IGNORE, Call, make_call
+from megalite.core.call import IGNORE, Call, Context, make_call
 from megalite.core.config import Config
 from megalite.core.mesh import Mesh
 from megalite.core.params import named_parameters, traits_of
@@ -34,16 +35,18 @@ def engine_of(config: Config, rank: int, world: int, dtype: str, **kwargs) -> En
     return build_engine(config, mesh, device=CPU, dtype=DTYPES[dtype], **kwargs)
 
 
-def calls_of(engine: Engine, step: int, varying: bool) -> list[Call]:
+def calls_of(engine: Engine, step: int, varying: bool, blank: Sequence[int] = ()) -> list[Call]:
     """This rank's microbatches: masked labels, and lengths that differ by microbatch if `varying`.
 
-    Samples, masks and lengths follow from the number of the sample alone.
+    Samples, masks and lengths follow from the number of the sample alone. No label at a position in
+    `blank` takes part.
     """
     config, mesh = engine.config, engine.mesh
     size, s = config.train.micro_batch_size, config.model.seq_len
     dp = mesh.axis("dp")
     source = Synthetic(config.model.vocab_size, s, seed=5)
     cut = mesh.axis("tp") if config.layout.sequence_parallel else None
+    context = Context(mesh.axis("cp"), config.layout.cp_form)
     calls = []
     for m in range(config.num_microbatches(mesh.world_size)):
         first = step * config.train.global_batch_size + (m * dp.size + dp.idx) * size
@@ -51,23 +54,33 @@ def calls_of(engine: Engine, step: int, varying: bool) -> list[Call]:
         rows, masks = [], []
         for number in range(first, first + size):
             rows.append(source.window(number)[: length + 1])
-            masks.append(np.random.default_rng([9, number]).random(s)[:length] < MASKED)
+            mask = np.random.default_rng([9, number]).random(s) < MASKED
+            mask[list(blank)] = True
+            masks.append(mask[:length])
         tokens = torch.from_numpy(np.stack(rows).T.copy())
         labels = tokens[1:].masked_fill(torch.from_numpy(np.stack(masks).T.copy()), IGNORE)
         samples = torch.arange(first, first + size)
-        calls.append(make_call(tokens[:-1].contiguous(), labels, samples, seq_cut=cut))
+        tokens = tokens[:-1].contiguous()
+        calls.append(make_call(tokens, labels, samples, seq_cut=cut, context=context))
     return calls
 
 
 def reference(
-    rank: int, world: int, config: dict, dtype: str, steps: int, varying: bool, out: str
+    rank: int,
+    world: int,
+    config: dict,
+    dtype: str,
+    steps: int,
+    varying: bool,
+    blank: list[int],
+    out: str,
 ) -> list[float]:
     """Train one process and write every number to `out` (npz); gives the losses."""
     engine = engine_of(Config.from_dict(config), rank, world, dtype)
     numbers: dict[str, np.ndarray] = {}
     losses = []
     for step in range(steps):
-        found = forward_backward(engine, calls_of(engine, step, varying))
+        found = forward_backward(engine, calls_of(engine, step, varying, blank))
         numbers[f"{step}/loss"] = found.loss.numpy()
         numbers[f"{step}/norm"] = found.norm.numpy()
         losses.append(found.loss.item())
@@ -84,7 +97,14 @@ def reference(
 
 
 def compare(
-    rank: int, world: int, config: dict, dtype: str, steps: int, varying: bool, ref: str
+    rank: int,
+    world: int,
+    config: dict,
+    dtype: str,
+    steps: int,
+    varying: bool,
+    blank: list[int],
+    ref: str,
 ) -> dict:
     """Train this layout and compare with the file that `reference` wrote.
 
@@ -102,7 +122,7 @@ def compare(
 
     owned = 0
     for step in range(steps):
-        found = forward_backward(engine, calls_of(engine, step, varying))
+        found = forward_backward(engine, calls_of(engine, step, varying, blank))
         for kind, ours in (("loss", found.loss), ("norm", found.norm)):
             theirs = float(want[f"{step}/{kind}"])
             see(kind, f"step {step}", abs(ours.item() - theirs) / abs(theirs))

@@ -51,6 +51,7 @@ def advance(engine: Engine, samples: int, steps: int) -> tuple[int, list[str]]:
         num_microbatches=config.num_microbatches(mesh.world_size),
         device=engine.device,
         sequence_parallel=config.layout.sequence_parallel,
+        cp_form=config.layout.cp_form,
     )
     losses = []
     for _ in range(steps):

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from megalite.core.config import Config, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
+from megalite.core.mesh import Axis
+from megalite.core.shard import sequence_positions
 
 STEPS = 3
 TOL = {
@@ -38,9 +40,17 @@ UNTIED = replace(GPT, tie_embeddings=False)
 EVERYTHING = replace(
     LLAMA, qk_norm=True, sliding_window=5, logit_soft_cap=4.0, attention_soft_cap=3.0
 )
+WINDOW = replace(GPT, sliding_window=3)
+LONG = replace(GPT, seq_len=16)
 DROPOUT = replace(GPT, dropout=0.2, attention_dropout=0.1)
 SMALL = replace(GPT, num_layers=1, hidden_size=12, num_heads=3)
 MY_SCHEDULE = f"{Path(__file__).resolve().parents[2]}/examples/my_schedule.py:my_schedule"
+
+
+def held_by(idx: int) -> tuple[int, ...]:
+    """Positions of a sequence of GPT's that context rank `idx` of 2 holds."""
+    spans = sequence_positions(GPT.seq_len, Axis("cp", 2, idx), order="zigzag")
+    return tuple(position for span in spans for position in span)
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,8 @@ class Row:
     batch: int = 16
     varying: bool = False
     dtype: str = "float64"
+    blank: tuple[int, ...] = ()
+    """Positions whose labels take no part."""
 
     @property
     def world(self) -> int:
@@ -127,6 +139,10 @@ ROWS = [
         {"pp": 2, "dp": 2, "zero": 3, "schedule": "zb-h1", "recompute": "full"}),
     Row("recompute dropout tp2 pp2 dp2 zero3", DROPOUT,
         {"tp": 2, "pp": 2, "dp": 2, "zero": 3, "recompute": "full"}),
+    Row("zero3 recompute tp2 cp2 dp2", GPT,
+        {"tp": 2, "cp": 2, "dp": 2, "zero": 3, "recompute": "full"}),
+    Row("zero2 cp2 pp2 dp2 zb-h1", LLAMA,
+        {"cp": 2, "pp": 2, "dp": 2, "zero": 2, "schedule": "zb-h1"}),
     Row("dp3 zero1", GPT, {"dp": 3}, batch=12),
     Row("dp4 zero1 small buckets", GPT, {"dp": 4, "bucket_mb": 0.02}),
     Row("dp2 zero1 one microbatch", GPT, {"dp": 2}, batch=4),
@@ -179,6 +195,50 @@ ROWS = [
         {"tp": 2, "pp": 2, "dp": 2, "vpp": 2, "schedule": "zb-v"}),
     Row("zb-v pp3 uneven", replace(GPT, num_layers=9),
         {"pp": 3, "vpp": 2, "schedule": "zb-v", "pp_layers": (1, 2, 1, 3, 1, 1)}),
+    Row("cp2 ring", GPT, {"cp": 2}),
+    Row("cp2 gather", GPT, {"cp": 2, "cp_form": "gather"}),
+    Row("cp2 ulysses", GPT, {"cp": 2, "cp_form": "ulysses"}),
+    Row("cp3 ring", GPT, {"cp": 3}),
+    Row("cp4 ring", LONG, {"cp": 4}),
+    Row("cp4 ulysses kv2", replace(LONG, num_kv_heads=2), {"cp": 4, "cp_form": "ulysses"}),
+    Row("llama cp2 ring", LLAMA, {"cp": 2}),
+    Row("llama cp2 gather", LLAMA, {"cp": 2, "cp_form": "gather"}),
+    Row("llama cp2 ulysses", LLAMA, {"cp": 2, "cp_form": "ulysses"}),
+    Row("llama tp2 cp2 kv1 ring", replace(LLAMA, num_kv_heads=1), {"tp": 2, "cp": 2}),
+    Row("llama tp2 cp2 kv1 ulysses no-sp", replace(LLAMA, num_kv_heads=1),
+        {"tp": 2, "cp": 2, "cp_form": "ulysses", "sequence_parallel": False}),
+    Row("llama tp2 cp2 kv2 gather", replace(LLAMA, num_kv_heads=2),
+        {"tp": 2, "cp": 2, "cp_form": "gather"}),
+    Row("tp2 cp2 ring", GPT, {"tp": 2, "cp": 2}),
+    Row("tp2 cp2 ulysses", GPT, {"tp": 2, "cp": 2, "cp_form": "ulysses"}),
+    Row("cp2 dp2 zero0", GPT, {"cp": 2, "dp": 2, "zero": 0}),
+    Row("cp2 dp2 zero1", GPT, {"cp": 2, "dp": 2}),
+    Row("cp2 pp2", GPT, {"cp": 2, "pp": 2}),
+    Row("cp2 pp2 zb-h1 gather", GPT,
+        {"cp": 2, "pp": 2, "schedule": "zb-h1", "cp_form": "gather"}),
+    Row("tp2 cp2 pp2", GPT, {"tp": 2, "cp": 2, "pp": 2}),
+    Row("tp2 cp2 pp2 dp2 untied zb-v", UNTIED,
+        {"tp": 2, "cp": 2, "pp": 2, "dp": 2, "vpp": 2, "schedule": "zb-v"}, batch=8),
+    Row("window cp2 ring", WINDOW, {"cp": 2}),
+    Row("window cp3 gather", WINDOW, {"cp": 3, "cp_form": "gather"}),
+    Row("window cp2 ulysses", WINDOW, {"cp": 2, "cp_form": "ulysses"}),
+    Row("everything cp2 ring", EVERYTHING, {"cp": 2}),
+    Row("everything tp2 cp2 gather", EVERYTHING, {"tp": 2, "cp": 2, "cp_form": "gather"}),
+    Row("everything tp2 cp2 pp2 ulysses", EVERYTHING,
+        {"tp": 2, "cp": 2, "pp": 2, "cp_form": "ulysses"}),
+    Row("dropout cp2 ring", DROPOUT, {"cp": 2}),
+    Row("dropout cp2 gather", DROPOUT, {"cp": 2, "cp_form": "gather"}),
+    Row("dropout tp2 cp2 ulysses", DROPOUT, {"tp": 2, "cp": 2, "cp_form": "ulysses"}),
+    Row("dropout tp2 cp2 ring", DROPOUT, {"tp": 2, "cp": 2}),
+    Row("lengths vary cp2", GPT, {"cp": 2}, varying=True),
+    Row("lengths vary tp2 cp2 pp2 gather", GPT,
+        {"tp": 2, "cp": 2, "pp": 2, "cp_form": "gather"}, varying=True),
+    Row("lengths vary cp2 dp2 ulysses", GPT,
+        {"cp": 2, "dp": 2, "cp_form": "ulysses"}, varying=True),
+    Row("cp2 ring, all of one rank masked", LLAMA, {"cp": 2}, blank=held_by(1)),
+    Row("cp2 dp2 gather, all of one rank masked", GPT, {"cp": 2, "dp": 2, "cp_form": "gather"},
+        blank=held_by(0)),
+    Row("float32 tp2 cp2", GPT, {"tp": 2, "cp": 2}, dtype="float32"),
     Row("custom schedule pp3 dp2", GPT, {"pp": 3, "dp": 2, "schedule": MY_SCHEDULE}, batch=20),
 ]  # fmt: skip
 
@@ -189,7 +249,7 @@ def reference(run_ranks, tmp_path_factory):
     folder = tmp_path_factory.mktemp("oracle")
 
     def file_of(row: Row) -> Path:
-        asked = {"config": row.one_process.to_dict(), "varying": row.varying}
+        asked = {"config": row.one_process.to_dict(), "varying": row.varying, "blank": row.blank}
         path = folder / f"{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]}.npz"
         if not path.exists():
             run_ranks(
@@ -215,6 +275,7 @@ def test_layout_equals_one_process(row: Row, reference, run_ranks):
         dtype=row.dtype,
         steps=STEPS,
         varying=row.varying,
+        blank=row.blank,
         ref=str(reference(row)),
     )
     for kind, bound in TOL[row.dtype].items():

@@ -17,7 +17,14 @@ import pytest
 
 from megalite import __main__ as front
 from megalite.checkpoint import manifest as mf
-from megalite.core.config import Config, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
+from megalite.core.config import (
+    Config,
+    DataConfig,
+    LayoutConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
 from tests.unit.data.samples import make_text, make_tokenizer
 
 JOBS = "tests.ranks.pretrain_jobs"
@@ -114,6 +121,26 @@ def test_launched_run_ends_well_and_its_next_command_works(prepared, capfd):
     assert front.main(argv) == 0
     assert capfd.readouterr().out.startswith(argv[-1])
     assert Path(shlex.split(found[2])[-1]).is_dir()
+
+
+@pytest.mark.parametrize("layout", [{"cp": 2}, {"cp": 2, "pp": 2, "cp_form": "ulysses"}])
+def test_run_over_cut_sequences_evaluates_and_samples_as_one_process(layout, prepared, train):
+    found = []
+    for name, cut in (("whole", {}), ("cut", layout)):
+        base = config_of(prepared / name, cut, eval_interval=2, eval_samples=3)
+        data = DataConfig(data=str(prepared / "train"), valid_data=str(prepared / "valid"))
+        config = replace(base, data=data, model=replace(base.model, vocab_size=VOCAB))
+        ran = train(config, cut.get("cp", 1) * cut.get("pp", 1))
+        assert [(r["code"], r["err"]) for r in ran] == [(0, "")] * len(ran)
+        lines = lines_of(prepared / name)
+        numbers = [v for line in lines for k, v in line.items() if k in (*EVALUATION_KEYS, "loss")]
+        samples = [line for line in ran[0]["out"].splitlines() if "sample:" in line]
+        assert len(samples) == 2
+        found.append((numbers, samples))
+    (whole, texts), (ours, our_texts) = found
+    assert len(whole) == 4 * 2 + 2 * len(EVALUATION_KEYS)
+    assert ours == pytest.approx(whole, rel=1e-5)
+    assert our_texts == texts
 
 
 def processes_with(text: str) -> list[str]:

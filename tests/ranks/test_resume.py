@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def config_of(layout: dict, model: ModelConfig = MODEL) -> Config:
 
 
 def world_of(layout: dict) -> int:
-    return layout.get("tp", 1) * layout.get("pp", 1) * layout.get("dp", 1)
+    return prod(layout.get(axis, 1) for axis in ("tp", "pp", "cp", "dp"))
 
 
 RESUMED = [
@@ -41,6 +42,7 @@ RESUMED = [
     ({"tp": 2, "pp": 2}, DROPOUT),
     ({"dp": 2, "zero": 1}, MODEL),
     ({"pp": 2, "dp": 2, "zero": 3}, MODEL),
+    ({"cp": 2, "dp": 2}, MODEL),
     ({"tp": 2, "pp": 2, "dp": 2}, MODEL),
 ]
 

@@ -91,7 +91,17 @@ LAYOUT = [
      "--schedule absent.py: names no function (use FILE.py:NAME, or FILE.csv)"),
     ("--optimizer adam", 1, "--optimizer adam: expected one of adamw"),
     ("--zero 4", 2, "--zero 4: there are stages 0 to 3 (use one of them)"),
-    ("--cp 2", 2, "--cp 2: sequences are not cut over ranks yet (use --cp 1)"),
+    ("--cp 2 --seq-len 254", 2, "--seq-len 254: --cp 2 --cp-form ring cut it 4 ways "
+     "(nearest: 252, 256)"),
+    ("--cp 3 --cp-form ulysses --seq-len 256", 3, "--seq-len 256: --cp 3 --cp-form ulysses cut it "
+     "3 ways (nearest: 255, 258)"),
+    ("--cp 2 --tp 4 --cp-form gather --seq-len 252", 8, "--seq-len 252: --cp 2 --cp-form gather "
+     "and sequence parallelism over --tp 4 cut it 8 ways (nearest: 248, 256)"),
+    ("--cp 4 --tp 2 --cp-form ulysses", 8, "--cp-form ulysses: the 2 heads of a tp rank are not "
+     "divisible by --cp 4 (allowed: 1, 2; or --cp-form ring)"),
+    ("--cp-form rings", 1, "--cp-form rings: expected one of ring, gather, ulysses"),
+    ("--cp 2", 3, "layout: world size 3 is not divisible by tp*pp*cp = 1*1*2 = 2 "
+     "(use --nproc-per-node 2 or 4, or change --tp or --pp)"),
     ("--device cpu --precision fp16", 1,
      "--precision fp16: not on --device cpu (use bf16 or fp32)"),
     ("--device cuda --precision fp16", 1,

@@ -8,7 +8,7 @@ from megalite.core.log import CollectiveLog
 from megalite.core.mesh import Axis
 
 ALONE = Axis("tp")
-PAIRS = (comm.replicate, comm.reduce, comm.gather, comm.scatter_sum)
+PAIRS = (comm.replicate, comm.reduce, comm.gather, comm.scatter_sum, comm.all_to_all)
 
 
 def fake_axis(n=4):
@@ -31,6 +31,8 @@ def test_collectives_of_one_rank_are_the_identity_and_are_not_logged():
         comm.all_gather(x, axis),
         comm.all_gather(x, axis, dim=1),
         comm.reduce_scatter(x, axis),
+        comm.all_to_all(x, axis),
+        comm.shift_start(x, axis).wait(),
         comm.broadcast(x, axis),
     ):
         assert y is x or torch.equal(y, x)
@@ -51,6 +53,8 @@ def test_fake_axis_answers_with_the_shapes_of_a_real_one():
     assert comm.all_gather(x, axis, dim=1).shape == (8, 24)
     assert comm.reduce_scatter(x, axis).shape == (2, 6)
     assert comm.broadcast(x, axis).shape == (8, 6)
+    assert comm.all_to_all(x, axis).shape == (8, 6)
+    assert comm.shift_start(x, axis).wait().shape == (8, 6)
     assert comm.any_true(True, axis)
 
 
@@ -60,12 +64,16 @@ def test_fake_axis_logs_every_call_as_done():
     comm.all_gather(x, axis)
     comm.reduce_scatter(x, axis)
     comm.broadcast(x, axis)
+    comm.all_to_all(x, axis)
+    comm.shift_start(x, axis).wait()
     seen = [(e.seq, e.op, e.axis, e.size, e.nbytes, e.completed) for e in axis.log.entries]
     assert seen == [
         (0, "all_reduce", "tp", 4, 192, True),
         (1, "all_gather", "tp", 4, 768, True),
         (2, "reduce_scatter", "tp", 4, 192, True),
         (3, "broadcast", "tp", 4, 192, True),
+        (4, "all_to_all", "tp", 4, 192, True),
+        (5, "shift", "tp", 4, 192, True),
     ]
 
 
@@ -83,6 +91,7 @@ def test_log_keeps_the_newest_and_counts_all():
     assert [e.seq for e in log.since(4)] == [4]
 
 
-def test_reduce_scatter_refuses_rows_that_do_not_divide():
+@pytest.mark.parametrize("cut", [comm.reduce_scatter, comm.all_to_all], ids=lambda f: f.__name__)
+def test_cutting_collective_refuses_rows_that_do_not_divide(cut):
     with pytest.raises(AssertionError):
-        comm.reduce_scatter(torch.zeros(6), fake_axis())
+        cut(torch.zeros(6), fake_axis())

@@ -68,6 +68,24 @@ LEGAL = [  # what larger systems refuse, and what sits on the edge of a rule
     ({"layout": LayoutConfig(tp=4), "model": ModelConfig(vocab_size=50257)}, 4),
     ({"layout": LayoutConfig(tp=4), "model": ModelConfig(num_kv_heads=2)}, 8),
     ({"layout": LayoutConfig(tp=2, sequence_parallel=False), "model": ModelConfig(seq_len=255)}, 2),
+    ({"layout": LayoutConfig(cp=2)}, 2),
+    ({"layout": LayoutConfig(cp=2), "model": ModelConfig(seq_len=4)}, 2),
+    ({"layout": LayoutConfig(cp=2, cp_form="ulysses"), "model": ModelConfig(seq_len=254)}, 2),
+    (
+        {
+            "layout": LayoutConfig(tp=2, cp=2, cp_form="ulysses"),
+            "model": ModelConfig(num_kv_heads=1, attention_dropout=0.1, sliding_window=3),
+        },
+        4,
+    ),
+    (
+        {
+            "layout": LayoutConfig(tp=4, cp=2, sequence_parallel=False),
+            "model": ModelConfig(seq_len=252),
+        },
+        8,
+    ),
+    ({"layout": LayoutConfig(cp=8, cp_form="gather"), "model": ModelConfig(num_heads=1)}, 8),
     ({"layout": LayoutConfig(pp=2, vpp=2, schedule="interleaved")}, 2),
     ({"layout": LayoutConfig(pp=2, pp_layers=(1, 3))}, 2),
     ({"train": TrainConfig(precision="bf16", device="cpu")}, 1),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megalite.core import rng
-from megalite.core.call import make_call
+from megalite.core.call import Context, make_call
 from megalite.core.mesh import Axis
 from megalite.layers.dropout import dropout
 
@@ -88,9 +88,9 @@ def test_rows_give_every_coordinate_its_own_key():
     assert keys[3, 4] != keys[4, 3]
 
 
-def mask_of(rows, batch, features, *, samples, seq_cut=None):
+def mask_of(rows, batch, features, *, samples, seq_cut=None, context=None):
     tokens = torch.zeros(rows, batch, dtype=torch.int64)
-    call = make_call(tokens, None, samples, seq_cut=seq_cut)
+    call = make_call(tokens, None, samples, seq_cut=seq_cut, context=context)
     return dropout(torch.ones(call.rows, batch, features), 0.3, rng.key(1, "drop"), call)
 
 
@@ -103,6 +103,13 @@ def test_dropout_mask_is_the_same_under_any_cut_of_rows_and_samples():
         ]
         assert torch.equal(torch.cat(parts), full)
     assert torch.equal(mask_of(12, 2, 10, samples=torch.tensor([4, 5])), full[:, 4:])
+    for cp_idx in range(2):
+        context, samples = Context(Axis("cp", 2, cp_idx), "ring"), torch.arange(6)
+        parts = [
+            mask_of(12, 6, 10, samples=samples, seq_cut=Axis("tp", 3, idx), context=context)
+            for idx in range(3)
+        ]
+        assert torch.equal(torch.cat(parts), context.take(full))
 
 
 def test_dropout_keeps_the_mean_and_drops_the_asked_share():

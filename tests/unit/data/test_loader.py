@@ -146,6 +146,36 @@ def test_ordered_gives_the_held_out_windows_once_and_masks_the_rest(dp, micro, a
     assert seen[IGNORE] == -NUM_WINDOWS % at_once
 
 
+@pytest.mark.parametrize("form", ["ring", "ulysses"])
+def test_context_ranks_share_out_each_sample_token_by_token(form):
+    source = Windows(np.arange(12 * 5 + 1), seq_len=12)
+
+    def loader(rank, sizes):
+        kind = "fake" if sizes else "single"
+        return Loader(
+            source,
+            Mesh(sizes, rank=rank, kind=kind),
+            seed=5,
+            micro_batch_size=2,
+            num_microbatches=4,
+            device=torch.device("cpu"),
+            sequence_parallel=True,
+            cp_form=form,
+        )
+
+    one, ranks = loader(0, {}), [loader(rank, {"cp": 3, "tp": 2}) for rank in range(6)]
+    for of in (lambda it: it.step(16), lambda it: it.ordered(0, 5)):
+        for whole, *parts in zip(of(one), *map(of, ranks), strict=True):
+            for tp_idx in range(2):
+                share = parts[tp_idx::2]
+                places = torch.cat([part.positions for part in share])
+                assert sorted(places.tolist()) == list(range(12))
+                for part in share:
+                    assert torch.equal(part.samples, whole.samples)
+                    assert torch.equal(part.tokens, whole.tokens[part.positions])
+                    assert torch.equal(part.labels, whole.labels[part.positions])
+
+
 def test_ordered_stops_at_the_count_that_is_asked():
     (one,) = loaders(micro=2, accum=2)
     labels = torch.cat([call.labels[0] for call in one.ordered(4, 3)])

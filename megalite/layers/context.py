@@ -1,0 +1,178 @@
+"""Attention over sequences that are cut over the context parallel ranks, in three exact forms.
+
+`ring`: keys and values travel round the ranks, and each block's output is merged into the last
+ones' by its log-sum-exp (Liu et al. 2023, arXiv 2310.01889); rows lie in zigzag order, so that all
+ranks have the same share of the causal work. `gather`: every rank gathers all keys and values.
+`ulysses`: an all-to-all turns the cut of the sequence into one of the heads, and back (Jacobs et
+al. 2023, arXiv 2309.14509). A call without a context has whole sequences. Not here: the cut itself
+(core/shard.py) and the arithmetic of scores (core_attention.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from math import lcm
+
+import torch
+from torch import Tensor
+
+from megalite.core import comm
+from megalite.core.call import Call, Context
+from megalite.core.params import acc_dtype
+from megalite.layers.core_attention import CoreAttention, finite
+
+# s rows of a sequence on this rank, c context ranks, b micro batch, n query heads and m kv heads on
+# this tp rank, d head_dim; `length` is c s, the whole sequence
+
+
+def attend(core: CoreAttention, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+    """My queries [s, b, n, d] over all keys and values, of which mine are [s, b, m, d]: as q."""
+    if call.context is None:
+        return _whole(core, q, k, v, call.positions, call.positions)
+    return FORMS[call.context.form](core, q, k, v, call, call.context)
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    return x.permute(1, 2, 0, 3)  # [s, b, n, d] -> [b, n, s, d]
+
+
+def _seq_first(x: Tensor) -> Tensor:
+    return x.permute(2, 0, 1, 3)  # [b, n, s, d] -> [s, b, n, d]
+
+
+def _whole(
+    core: CoreAttention, q: Tensor, k: Tensor, v: Tensor, q_at: Tensor, k_at: Tensor
+) -> Tensor:
+    """Queries all of whose keys are here."""
+    return _seq_first(core.attend(_heads_first(q), _heads_first(k), _heads_first(v), q_at, k_at))
+
+
+def _at(spans: list[range], like: Tensor) -> Tensor:
+    return torch.cat([torch.arange(r.start, r.stop, device=like.device) for r in spans])
+
+
+def _at_all(context: Context, length: int, like: Tensor) -> Tensor:
+    """Positions of all ranks' rows, rank by rank: [c s]."""
+    ranks = range(context.axis.size)
+    return _at([span for idx in ranks for span in context.spans(length, idx)], like)
+
+
+def _gather(
+    core: CoreAttention, q: Tensor, k: Tensor, v: Tensor, call: Call, context: Context
+) -> Tensor:
+    both = comm.gather(torch.cat((k, v), dim=2), context.axis)  # [s, b, 2m, d] -> [c s, b, 2m, d]
+    k, v = both.chunk(2, dim=2)
+    k_at = _at_all(context, call.whole_len, q)
+    return _whole(core, q, k, v, call.positions, k_at)
+
+
+def _ulysses(
+    core: CoreAttention, q: Tensor, k: Tensor, v: Tensor, call: Call, context: Context
+) -> Tensor:
+    axis, n = context.axis, q.shape[2]
+    heads, kv_heads = n // axis.size, lcm(k.shape[2], axis.size) // axis.size
+    # kv heads that do not divide are repeated: each rank then has those of its own queries.
+    k, v = (t.repeat_interleave(kv_heads * axis.size // t.shape[2], dim=2) for t in (k, v))
+    by_rank = torch.cat([t.unflatten(2, (axis.size, -1)) for t in (q, k, v)], dim=3)
+    # [s, b, c, (n + 2m)/c, d] -> [c s, b, (n + 2m)/c, d]
+    whole = comm.all_to_all(by_rank.movedim(2, 0), axis).flatten(0, 1)
+    q, k, v = whole.split((heads, kv_heads, kv_heads), dim=2)
+    mine = replace(core, first_head=core.first_head + axis.idx * heads)
+    at = _at_all(context, call.whole_len, q)  # in order: this form's rows are cut contiguously
+    y = _whole(mine, q, k, v, at, at)
+    parts = comm.all_to_all(y.unflatten(0, (axis.size, -1)), axis)  # [c, s, b, n/c, d]
+    return parts.movedim(0, 2).flatten(2, 3)  # [s, b, n, d]
+
+
+def _ring(
+    core: CoreAttention, q: Tensor, k: Tensor, v: Tensor, call: Call, context: Context
+) -> Tensor:
+    q, k, v = map(_heads_first, (q, k, v))
+    return _seq_first(_Ring.apply(q, k, v, core, context, call.whole_len))
+
+
+class _Ring(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, core, context, length):
+        wide = acc_dtype(q.dtype)
+        y = torch.zeros_like(q, dtype=wide)
+        lse = y.new_full(q.shape[:-1], -torch.inf)
+        for kv, spans in _visits(torch.stack((k, v)), context, length):
+            for mine, theirs, q_at, k_at in _blocks(context.spans(length), spans, core.window, q):
+                k_block, v_block = kv[:, :, :, theirs]
+                found = core.partial(q[:, :, mine], k_block, v_block, q_at, k_at)
+                y[:, :, mine], lse[:, :, mine] = _merged(y[:, :, mine], lse[:, :, mine], *found)
+        y_out = y.to(q.dtype)
+        ctx.save_for_backward(q, k, v, y_out, lse)
+        ctx.core, ctx.context, ctx.length = core, context, length
+        return y_out
+
+    @staticmethod
+    def backward(ctx, dy):
+        q, k, v, y, lse = ctx.saved_tensors
+        core, context, length = ctx.core, ctx.context, ctx.length
+        dot = (y.to(lse.dtype) * dy).sum(-1)
+        dq = torch.zeros_like(q, dtype=lse.dtype)
+        home: comm.Pending | None = None
+        for kv, spans in _visits(torch.stack((k, v)), context, length):
+            dkv = torch.zeros_like(kv, dtype=lse.dtype)
+            for mine, theirs, q_at, k_at in _blocks(context.spans(length), spans, core.window, q):
+                k_block, v_block = kv[:, :, :, theirs]
+                grads = core.partial_grads(
+                    q[:, :, mine],
+                    k_block,
+                    v_block,
+                    q_at,
+                    k_at,
+                    lse=lse[:, :, mine],
+                    dy=dy[:, :, mine],
+                    dot=dot[:, :, mine],
+                )
+                dq[:, :, mine] += grads[0]
+                dkv[0, :, :, theirs] += grads[1]
+                dkv[1, :, :, theirs] += grads[2]
+            # The gradients follow their keys round, one hop behind, and so end at home.
+            home = comm.shift_start(dkv if home is None else dkv.add_(home.wait()), context.axis)
+        assert home is not None
+        dk, dv = home.wait()
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+
+
+def _visits(kv: Tensor, context: Context, length: int) -> Iterator[tuple[Tensor, list[range]]]:
+    """Each rank's keys and values in turn, mine first, and their spans; the next come meanwhile."""
+    axis = context.axis
+    for hop in range(axis.size):
+        coming = comm.shift_start(kv, axis) if hop + 1 < axis.size else None
+        yield kv, context.spans(length, (axis.idx - hop) % axis.size)
+        if coming is not None:
+            kv = coming.wait()
+
+
+def _blocks(
+    q_spans: list[range], k_spans: list[range], window: int | None, like: Tensor
+) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """Rows and positions of the pairs of spans in which some query sees some key."""
+    for mine, q_span in _rows(q_spans):
+        for theirs, k_span in _rows(k_spans):
+            ahead = q_span[-1] >= k_span[0]
+            near = window is None or q_span[0] - k_span[-1] < window
+            if ahead and near:
+                yield mine, theirs, _at([q_span], like), _at([k_span], like)
+
+
+def _rows(spans: list[range]) -> Iterator[tuple[slice, range]]:
+    start = 0
+    for span in spans:
+        yield slice(start, start + len(span)), span
+        start += len(span)
+
+
+def _merged(y: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp over both sets of keys; none in either gives zeros and -inf."""
+    both = torch.logaddexp(lse, more_lse)
+    old, new = (torch.exp(each - finite(both)).unsqueeze(-1) for each in (lse, more_lse))
+    return old * y + new * more, both
+
+
+FORMS = {"ring": _ring, "gather": _gather, "ulysses": _ulysses}
