@@ -165,7 +165,7 @@ class TrainConfig:
     """Start from the weights of this run or checkpoint, optimizer and data position fresh."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto"
     """Number format of weights and matmuls (auto: fp32 on CPU, bf16 on GPU)."""
     seed: int = 1234
     """Names every random number of the run."""

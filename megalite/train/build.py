@@ -34,7 +34,7 @@ from megalite.schedule.check import check
 from megalite.schedule.custom import load_schedule
 from megalite.train.agree import check_agreement
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 BUCKET_MB = {"cpu": 4.0, "cuda": 64.0}
 TIMEOUT = timedelta(minutes=10)
 
