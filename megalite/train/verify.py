@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megalite.core.call import IGNORE, Call, make_call
 from megalite.core.config import Config
@@ -157,12 +158,16 @@ def reference(
         found = forward_backward(engine, calls_of(engine, step, varying))
         numbers[f"{step}/loss"], numbers[f"{step}/norm"] = found.loss.numpy(), found.norm.numpy()
         losses.append(found.loss.item())
-        correction = found.correction
-        keep(f"{step}/grad", lambda param, by=correction: param.grad * by)
+        keep(f"{step}/grad", partial(_scaled_grad, by=found.correction))
         update(engine, found, lr=engine.config.optim.lr)
         keep(f"{step}/weights", lambda param: param.detach())
     np.savez(out, **numbers)  # type: ignore[arg-type]
     return losses
+
+
+def _scaled_grad(param: nn.Parameter, by: Tensor) -> Tensor:
+    assert param.grad is not None
+    return param.grad * by
 
 
 def compare(
