@@ -168,7 +168,7 @@ def _hints_of(schema: Any) -> dict[str, Any]:
 
 def check_fields(record: Any) -> None:
     """Raise UserError unless each field of a flat dataclass has its type and lies in its range."""
-    hints = _hints_of(type(record))
+    hints = _hints_of(record.__class__)
     for field in dataclasses.fields(record):
         value = getattr(record, field.name)
         check_value(field.name, value, hints[field.name])
