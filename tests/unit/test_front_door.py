@@ -163,10 +163,11 @@ GENERATE = [
 
 VERBS = [
     ("pretain", "unknown verb 'pretain' (did you mean pretrain? known: corpus, tokenizer, "
-     "preprocess, pretrain, generate)"),
+     "preprocess, pretrain, verify, generate)"),
     ("tokenizer", "tokenizer: use tokenizer train or show"),
     ("tokenizer learn", "tokenizer: unknown tokenizer verb 'learn'; use tokenizer train or show"),
-    ("--lr 3", "unknown verb '--lr' (known: corpus, tokenizer, preprocess, pretrain, generate)"),
+    ("--lr 3", "unknown verb '--lr' (known: corpus, tokenizer, preprocess, pretrain, verify, "
+     "generate)"),
 ]  # fmt: skip
 
 ROWS = (
