@@ -51,6 +51,8 @@ class ModelConfig:
     """Base of the rotary frequencies."""
     tie_embeddings: bool = True
     """The output head is the token table."""
+    attention: str = "softmax"
+    """Attention of every layer: softmax, or a class of your own as FILE.py:NAME."""
     sliding_window: int | None = None
     """Each token attends to this many last tokens, itself included (None: all)."""
     qk_norm: bool = False

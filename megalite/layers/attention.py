@@ -6,6 +6,7 @@ take the written-out softmax. A fork's own attention is a class with this constr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import sqrt
 
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 
 from megalite.core import rng
 from megalite.core.call import Call
+from megalite.core.check import unknown
 from megalite.core.config import ModelConfig
+from megalite.core.errors import UserError
 from megalite.core.mesh import Mesh
 from megalite.core.params import gaussian
 from megalite.core.shard import Block
@@ -23,6 +26,7 @@ from megalite.layers.linear import ColumnLinear, RowLinear
 from megalite.layers.norm import Norm
 from megalite.layers.rope import Rope
 from megalite.ops.softmax import attention_mask, masked_softmax
+from megalite.schedule.custom import load_callable
 
 # s sequence, b micro batch, h hidden, n query heads and m kv heads on this rank, d head_dim
 
@@ -98,4 +102,19 @@ class Attention(nn.Module):
         return weights * keep / (1 - self.p)
 
 
-ATTENTION = {"softmax": Attention}
+ATTENTION: dict[str, Callable[..., nn.Module]] = {"softmax": Attention}
+
+
+def load_attention(spec: str) -> Callable[..., nn.Module]:
+    """The class that `spec` names: one of ATTENTION, or a user's own as FILE.py:NAME.
+
+    Runs the file. Raises UserError, in one line, if there is nothing to call.
+    """
+    if not spec.rpartition(":")[0].endswith(".py"):
+        if spec not in ATTENTION:
+            raise UserError(unknown("--attention", spec, [*ATTENTION, "FILE.py:NAME"]))
+        return ATTENTION[spec]
+    try:
+        return load_callable(spec)[1]
+    except ValueError as error:
+        raise UserError(f"--attention {error}") from None

@@ -23,7 +23,6 @@ from megalite.core.errors import UserError
 from megalite.core.mesh import Mesh
 from megalite.core.params import initialize
 from megalite.core.world import World
-from megalite.layers.attention import Attention
 from megalite.models.build import build_stages
 from megalite.models.gpt import GPT
 from megalite.optim.optimizer import Optimizer
@@ -142,7 +141,7 @@ def build_engine(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    attention: Callable[..., nn.Module] = Attention,
+    attention: Callable[..., nn.Module] | None = None,
 ) -> Engine:
     """This rank's stages with initial weights, and what trains them. All ranks call it together."""
     check_backend(config.train.ops_backend)

@@ -21,6 +21,7 @@ from typing import Any
 from megalite.core.check import check_precision
 from megalite.core.config import Config, LayoutConfig, ModelConfig
 from megalite.core.errors import RunError, UserError
+from megalite.layers.attention import load_attention
 from megalite.train.covering import Coverage, Pair, Space, draw_rows, name_of
 from megalite.train.ranks import Ranks
 from megalite.train.verify import TOL, Gap, gap_from, most_urgent
@@ -69,6 +70,7 @@ def verify(run: VerifyRun) -> int:
     precision = _precision(config)
     if asked.json and not Path(asked.json).absolute().parent.is_dir():
         raise UserError(f"--json {asked.json}: no such directory {Path(asked.json).parent}")
+    load_attention(config.model.attention)  # its mistakes are told here, and not by each rank
     coverage: Coverage | None = None
     if asked.random is None:
         rows = [given_row(config, most=max(MOST_RANKS, asked.max_ranks))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -73,6 +74,10 @@ MISTAKES = [
     ("--random 3 --vpp 2 --schedule gpipe",
      "--random 3: no legal layout is left to draw: --vpp 2: needs --schedule interleaved or zb-v "
      "(got gpipe)"),
+    ("--attention softmx",
+     "unknown --attention 'softmx' (did you mean softmax? known: softmax, FILE.py:NAME)"),
+    ("--attention absent.py:Mine",
+     "--attention absent.py: cannot be read (No such file or directory)"),
     ("--randm 3", "unknown option --randm (did you mean --random?)"),
     ("12", "unexpected argument '12' (see megalite verify --help)"),
 ]  # fmt: skip
@@ -84,6 +89,34 @@ def test_mistake_is_one_line(line, text, outside_torchrun, tmp_path, monkeypatch
     assert verify(line) == 2
     shown = capsys.readouterr()
     assert (shown.out, shown.err) == ("", f"megalite: error: {text}\n")
+
+
+# -- a user's own attention --------------------------------------------------------------------
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "my_attention.py"
+
+
+def test_own_attention_equals_one_process(outside_torchrun, capsys):
+    assert verify(f"--tp 2 --pp 2 --attention {EXAMPLE}:MyAttention") == 0
+    assert "\nok " in capsys.readouterr().out
+
+
+def test_own_attention_with_a_wrong_shard_names_its_tensor(outside_torchrun, tmp_path, capsys):
+    # The temperatures are held whole and each rank uses its own heads': the Shard does not say
+    # that their gradient is then partial.
+    text = EXAMPLE.read_text()
+    for right, wrong in (
+        ('Block(heads, ("tp",))', "Block(heads, (None,))"),
+        ("self.temperature[:, None, None]", "self.temperature[self.mine][:, None, None]"),
+        ("        self.slopes =", "        self.mine = mine\n        self.slopes ="),
+    ):
+        assert text.count(right) == 1
+        text = text.replace(right, wrong)
+    (tmp_path / "wrong.py").write_text(text)
+    assert verify(f"--tp 2 --attention {tmp_path}/wrong.py:MyAttention") == 1
+    shown = capsys.readouterr().out
+    assert "\nFAIL " in shown and "attention.temperature at [" in shown
+    assert "its Shard: [4] rows 0:4 whole on every rank\n" in shown
 
 
 # -- what it must catch ------------------------------------------------------------------------
