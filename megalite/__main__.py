@@ -60,6 +60,11 @@ VERBS: dict[str, Verb] = {
         schema="megalite.core.config:Config",
         function="megalite.train.pretrain:pretrain",
     ),
+    "verify": Verb(
+        about="show that a layout, or many drawn ones, computes what one process computes",
+        schema="megalite.train.verify_args:VerifyRun",
+        function="megalite.train.verify_command:verify",
+    ),
     "inspect": Verb(
         about="show what a checkpoint, a dataset or a tokenizer holds",
         schema="megalite.checkpoint.inspect:InspectArgs",
@@ -126,15 +131,18 @@ def _run(argv: list[str], environment: Mapping[str, str]) -> int:
     if name == "pretrain":
         return _pretrain(rest, environment)
     from megalite.core.cli import parse
+    from megalite.models.presets import PRESETS
+    from megalite.train.recipes import RECIPES
 
     verb = VERBS[name]
-    args = parse(rest, _load(verb.schema), prog=f"megalite {name}")
+    schema = _load(verb.schema)
+    args = parse(rest, schema, models=PRESETS, recipes=RECIPES, prog=f"megalite {name}")
     if name == "corpus" and not args.stdlib:
         args = dataclasses.replace(args, stdlib=sysconfig.get_path("stdlib"))
     if (size := environment.get("WORLD_SIZE", "1")) != "1":
         raise UserError(f"{name}: is one process, but WORLD_SIZE={size} (run it without torchrun)")
-    _load(verb.function)(args)
-    return 0
+    code = _load(verb.function)(args)
+    return code if name == "verify" else 0
 
 
 def _pretrain(argv: list[str], environment: Mapping[str, str]) -> int:

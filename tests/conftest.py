@@ -27,6 +27,6 @@ def run_ranks(ranks: Ranks) -> Callable[..., list[Any]]:
     """
 
     def run(target: str, world: int, timeout: float = 60, **kwargs: Any) -> list[Any]:
-        return ranks.run(target, world, kwargs=kwargs, timeout=timeout)
+        return ranks.results(target, world, kwargs=kwargs, timeout=timeout)
 
     return run

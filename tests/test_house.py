@@ -226,6 +226,8 @@ OURS = (*LIBRARY, "examples/**/*.py", "tools/**/*.py")
 PYTHON = (*OURS, "tests/**/*.py", "kernels/**/*.py")
 TEXT_FOLDERS = ("megalite", "examples", "tools", "tests", "kernels", "docs", ".ci")
 BINARY = {".png", ".so"}
+# In a linked work tree .git is a file that says where the repository is.
+NOT_OURS = {"__pycache__", ".git"}
 TEXT = ("*.*", "Makefile", "LICENSE", *(f"{folder}/**/*" for folder in TEXT_FOLDERS))
 
 
@@ -355,7 +357,7 @@ all_rules = pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name_
 def sources(patterns: tuple[str, ...]) -> list[Source]:
     """The files that the patterns name; no pattern reaches into environments or runs."""
     found = {path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file()}
-    paths = sorted(p for p in found if p.suffix not in BINARY and "__pycache__" not in p.parts)
+    paths = sorted(p for p in found if p.suffix not in BINARY and not NOT_OURS & {*p.parts})
     return [
         Source(
             path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8", errors="replace")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import os
 import types
@@ -53,7 +54,7 @@ FIELDS: dict[str, str] = {
     "save_interval",
     ">= 1": "num_layers hidden_size num_heads num_kv_heads ffn_hidden_size vocab_size seq_len "
     "sliding_window tp pp cp dp vpp micro_batch_size global_batch_size train_steps log_interval "
-    "eval_samples world max_tokens num_samples",
+    "eval_samples world max_tokens num_samples random max_ranks steps",
     "in [0, 1)": "dropout attention_dropout beta1 beta2",
     "in (0, 1]": "wsd_decay_share top_p",
     "in [0, 1]": "min_lr_ratio",
@@ -161,9 +162,14 @@ def check_value(name: str, value: Any, hint: Any, *, label: str = "") -> None:
         raise UserError(f"{label}: must be at most {largest}")
 
 
+@functools.cache
+def _hints_of(schema: Any) -> dict[str, Any]:
+    return get_type_hints(schema)
+
+
 def check_fields(record: Any) -> None:
     """Raise UserError unless each field of a flat dataclass has its type and lies in its range."""
-    hints = get_type_hints(type(record))
+    hints = _hints_of(record.__class__)
     for field in dataclasses.fields(record):
         value = getattr(record, field.name)
         check_value(field.name, value, hints[field.name])

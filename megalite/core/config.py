@@ -51,6 +51,8 @@ class ModelConfig:
     """Base of the rotary frequencies."""
     tie_embeddings: bool = True
     """The output head is the token table."""
+    attention: str = "softmax"
+    """Attention of every layer: softmax, or a class of your own as FILE.py:NAME."""
     sliding_window: int | None = None
     """Each token attends to this many last tokens, itself included (None: all)."""
     qk_norm: bool = False
@@ -169,7 +171,7 @@ class TrainConfig:
     """Start from the weights of this run or checkpoint, optimizer and data position fresh."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto"
     """Number format of weights and matmuls (auto: fp32 on CPU, bf16 on GPU)."""
     seed: int = 1234
     """Names every random number of the run."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import product
 from math import prod
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -184,17 +185,38 @@ class Mesh:
 
 
 def connect(
-    *, rank: int, world_size: int, backend: str, timeout: timedelta, device: torch.device
+    *,
+    rank: int,
+    world_size: int,
+    backend: str,
+    timeout: timedelta,
+    device: torch.device,
+    meet_at: Path | None = None,
 ) -> None:
-    """Join the process group that torchrun described; a world of one rank joins nothing."""
+    """Join the process group that torchrun described; a world of one rank joins nothing.
+
+    `meet_at` is a new file that ranks of this host find each other by, in place of torchrun.
+    """
     if world_size > 1 and not dist.is_initialized():
         bound = device if backend == "nccl" else None
+        store = dist.FileStore(str(meet_at), world_size) if meet_at is not None else None
         dist.init_process_group(
-            backend, rank=rank, world_size=world_size, timeout=timeout, device_id=bound
+            backend,
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+            device_id=bound,
         )
 
 
-def disconnect() -> None:
-    """Leave the process group, if there is one."""
+def disconnect(*, together: bool = False) -> None:
+    """Leave the process group, if there is one.
+
+    `together`: once all ranks are here, since one that leaves early breaks connections that the
+    others still use.
+    """
     if dist.is_initialized():
+        if together:
+            dist.barrier()
         dist.destroy_process_group()

@@ -127,6 +127,20 @@ def without_dim(shard: Shard, dim: int) -> Shard:
     return Shard(shape, blocks)
 
 
+def in_words(shard: Shard) -> str:
+    """The Shard as an error shows it: `[48, 16] rows 0:48 cut over (tp, -)`."""
+    words, start = [], 0
+    for block in shard.blocks:
+        cut = ", ".join(axis or "-" for axis in block.cut)
+        text = f"rows {start}:{start + block.size} "
+        text += f"cut over ({cut})" if any(block.cut) else "whole on every rank"
+        text += f", gradient summed over {' and '.join(block.grad_sum)}" if block.grad_sum else ""
+        words.append(text)
+        start += block.size
+    tied = f"; tied on stages {shard.tied[0]} and {shard.tied[1]}" if shard.tied else ""
+    return f"{list(shard.shape)} {'; '.join(words)}{tied}"
+
+
 def overlap(a: Box, b: Box) -> Box | None:
     """The box in both, or None."""
     both = tuple((max(s, t), min(e, f)) for (s, e), (t, f) in zip(a, b, strict=True))

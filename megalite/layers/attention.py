@@ -7,13 +7,16 @@ class with this constructor and forward; over cp it has to mind `call.context`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import sqrt
 
 from torch import Tensor, nn
 
 from megalite.core import rng
 from megalite.core.call import Call
+from megalite.core.check import unknown
 from megalite.core.config import ModelConfig
+from megalite.core.errors import UserError
 from megalite.core.mesh import Mesh
 from megalite.core.params import gaussian
 from megalite.core.shard import Block
@@ -22,6 +25,7 @@ from megalite.layers.core_attention import CoreAttention
 from megalite.layers.linear import ColumnLinear, RowLinear
 from megalite.layers.norm import Norm
 from megalite.layers.rope import Rope
+from megalite.schedule.custom import load_callable
 
 # s sequence on this context rank, b micro batch, h hidden, n query heads and m kv heads on this
 # rank, d head_dim
@@ -77,4 +81,19 @@ class Attention(nn.Module):
         return self.out(y.flatten(2), call)
 
 
-ATTENTION = {"softmax": Attention}
+ATTENTION: dict[str, Callable[..., nn.Module]] = {"softmax": Attention}
+
+
+def load_attention(spec: str) -> Callable[..., nn.Module]:
+    """The class that `spec` names: one of ATTENTION, or a user's own as FILE.py:NAME.
+
+    Runs the file. Raises UserError, in one line, if there is nothing to call.
+    """
+    if not spec.rpartition(":")[0].endswith(".py"):
+        if spec not in ATTENTION:
+            raise UserError(unknown("--attention", spec, [*ATTENTION, "FILE.py:NAME"]))
+        return ATTENTION[spec]
+    try:
+        return load_callable(spec)[1]
+    except ValueError as error:
+        raise UserError(f"--attention {error}") from None

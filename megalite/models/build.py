@@ -15,7 +15,7 @@ from torch import nn
 from megalite.core.config import ModelConfig
 from megalite.core.mesh import Mesh
 from megalite.core.params import Traits, give_traits, traits_of
-from megalite.layers.attention import Attention
+from megalite.layers.attention import load_attention
 from megalite.models.gpt import GPT
 
 
@@ -66,14 +66,16 @@ def build_stages(
     layers: tuple[int, ...] | None,
     sequence_parallel: bool,
     seed: int,
-    attention: Callable[..., nn.Module] = Attention,
+    attention: Callable[..., nn.Module] | None = None,
 ) -> dict[int, GPT]:
     """The stages that live on this rank, by number, uninitialised.
 
-    `placement` gives each stage's pipeline rank. A tied table whose two stages both live here is
+    `attention` (None: the one the config names) makes the attention of a layer. `placement` gives
+    each stage's pipeline rank. A tied table whose two stages both live here is
     one Parameter.
     """
     count = len(placement)
+    attention = attention or load_attention(cfg.attention)
     ranges = stage_ranges(layers if layers is not None else split_layers(cfg, count))
     assert len(ranges) == count, (ranges, placement)
     mine = {

@@ -122,8 +122,11 @@ def _check_sizes(spec: str, made: Schedule, pp: int, num_microbatches: int, vpp:
 # -- FILE.py:NAME ------------------------------------------------------------------------------
 
 
-def _function(spec: str) -> MakeSchedule:
-    """The function of FILE.py:NAME; what it raises comes out as one line that names the place."""
+def load_callable(spec: str) -> tuple[Path, Callable[..., Any]]:
+    """The file and what it calls NAME, of FILE.py:NAME. Runs the file.
+
+    Raises ValueError, in one line, if there is nothing to call.
+    """
     file, _, name = spec.rpartition(":")
     if not file.endswith(".py") or not name:
         raise ValueError(f"{spec}: names no function (use FILE.py:NAME, or FILE.csv)")
@@ -133,9 +136,14 @@ def _function(spec: str) -> MakeSchedule:
         close = get_close_matches(name, names, n=1)
         hint = f"did you mean {close[0]}?" if close else "define it, or name another"
         raise ValueError(f"{spec}: {path.name} has no {name} ({hint})")
-    function = names[name]
-    if not callable(function):
-        raise ValueError(f"{spec}: {name} is no function but {type(function).__name__}")
+    if not callable(names[name]):
+        raise ValueError(f"{spec}: {name} is no function but {type(names[name]).__name__}")
+    return path, names[name]
+
+
+def _function(spec: str) -> MakeSchedule:
+    """The function of FILE.py:NAME; what it raises comes out as one line that names the place."""
+    path, function = load_callable(spec)
 
     def make(pp: int, num_microbatches: int, vpp: int) -> Schedule:
         try:

@@ -24,7 +24,6 @@ from megalite.core.mesh import Mesh
 from megalite.core.params import initialize
 from megalite.core.unit import RECOMPUTE
 from megalite.core.world import World
-from megalite.layers.attention import Attention
 from megalite.models.build import build_stages
 from megalite.models.gpt import GPT
 from megalite.optim.optimizer import Optimizer
@@ -35,7 +34,7 @@ from megalite.schedule.check import check
 from megalite.schedule.custom import load_schedule
 from megalite.train.agree import check_agreement
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 BUCKET_MB = {"cpu": 4.0, "cuda": 64.0}
 TIMEOUT = timedelta(minutes=10)
 
@@ -145,7 +144,7 @@ def build_engine(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    attention: Callable[..., nn.Module] = Attention,
+    attention: Callable[..., nn.Module] | None = None,
 ) -> Engine:
     """This rank's stages with initial weights, and what trains them. All ranks call it together."""
     check_backend(config.train.ops_backend)

@@ -1,100 +1,27 @@
-"""pytest's side of the warm process (zygote.py): start it, send it jobs, raise what failed.
+"""The ranks of a test: those of megalite/train/ranks.py, a failure of which fails the test.
 
 A test takes the fixture `run_ranks` and calls `run_ranks("tests.ranks.jobs:name", 4, batch=2)`.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import select
-import subprocess
-import sys
-import time
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-START_SECONDS = 120.0
-"""Until the imports are done, on a machine that is busy."""
-SPARE_SECONDS = 30.0
-"""How much longer than a job may take its answer is waited for."""
+from megalite.core.errors import RunError
+from megalite.train import ranks
 
 
-class Ranks:
-    """The warm process, started at the first job and ended by `close`."""
+class Ranks(ranks.Ranks):
+    """Prints what the ranks printed; raises AssertionError with their tracebacks."""
 
-    def __init__(self) -> None:
-        self.process: subprocess.Popen[bytes] | None = None
-        self.unread = b""
-
-    def run(
+    def results(
         self, target: str, world: int, *, kwargs: dict, timeout: float, grace: float = 5.0
     ) -> list[Any]:
-        """What `target` ("module:function") returned on each rank, in rank order.
-
-        Ranks that still run `timeout` seconds after the start, or `grace` seconds after another
-        rank failed, are killed. Raises AssertionError with the failed ranks' tracebacks.
-        """
-        if self.process is None:
-            self.start()
-        assert self.process is not None and self.process.stdin is not None
-        job = {"target": target, "world": world, "kwargs": kwargs}
-        line = json.dumps({**job, "timeout": timeout, "grace": grace}) + "\n"
-        self.process.stdin.write(line.encode())
-        answer = self.read(timeout + SPARE_SECONDS)
-        if "error" in answer:
-            raise AssertionError(f"{target} on {world} ranks: {answer['error']}")
-        if answer["output"]:
-            print(answer["output"])
-        return answer["results"]
-
-    def start(self) -> None:
-        """Start the warm process; AssertionError if a module of ours cannot be imported."""
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        # The name of the machine need not resolve, and nothing here leaves it.
-        env["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
-        # macOS ends a fork that touches what its Objective-C runtime had begun to initialize.
-        env["OBJC_DISABLE_INITIALIZE_FORK_SAFETY"] = "YES"
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.ranks.zygote"],
-            cwd=ROOT,
-            env=env,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-            # Ctrl-C is for pytest, which then closes this process.
-            start_new_session=True,
-        )
-        if "error" in (ready := self.read(START_SECONDS)):
-            raise AssertionError(f"the process that ranks are forked from:\n{ready['error']}")
-
-    def read(self, seconds: float) -> dict:
-        """The next line that the warm process writes within `seconds`."""
-        assert self.process is not None and self.process.stdout is not None
-        deadline = time.monotonic() + seconds
-        while b"\n" not in self.unread:
-            fd = self.process.stdout.fileno()
-            ready, _, _ = select.select([fd], [], [], max(deadline - time.monotonic(), 0))
-            data = os.read(fd, 1 << 16) if ready else b""
-            if not data:
-                what = "has ended" if ready else f"said nothing for {seconds:g} s"
-                self.close()
-                raise AssertionError(f"the process that ranks are forked from {what}")
-            self.unread += data
-        line, self.unread = self.unread.split(b"\n", 1)
-        return json.loads(line)
-
-    def close(self) -> None:
-        """End the warm process; the next job starts a new one."""
-        if self.process is None:
-            return
-        process, self.process, self.unread = self.process, None, b""
-        assert process.stdin is not None and process.stdout is not None
-        process.stdin.close()
+        """What `target` ("module:function") returned on each rank, in rank order."""
         try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        process.stdout.close()
+            answer = self.run(target, world, kwargs=kwargs, timeout=timeout, grace=grace)
+        except RunError as error:
+            raise AssertionError(str(error)) from None
+        if answer.output:
+            print(answer.output)
+        return answer.results

@@ -17,12 +17,10 @@ import pytest
 from megalite.core.config import Config, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
 from megalite.core.mesh import Axis
 from megalite.core.shard import sequence_positions
+from megalite.train import verify
 
 STEPS = 3
-TOL = {
-    "float64": {"loss": 1e-10, "norm": 1e-10, "grad": 1e-10, "weights": 1e-10},
-    "float32": {"loss": 1e-5, "norm": 1e-5, "grad": 1e-5, "update": 1e-3},
-}
+TOL = {"float64": verify.TOL["fp64"], "float32": verify.TOL["fp32"]}
 
 GPT = ModelConfig(
     num_layers=4, hidden_size=48, num_heads=12, vocab_size=61, seq_len=12, init_std=0.1
@@ -255,7 +253,6 @@ def reference(run_ranks, tmp_path_factory):
             run_ranks(
                 "tests.ranks.jobs:reference",
                 1,
-                dtype="float64",
                 steps=STEPS,
                 out=str(path),
                 **asked,

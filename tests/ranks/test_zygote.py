@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks.client import ROOT, Ranks
+from megalite.train.ranks import PACKAGE_FOLDER
+from tests.ranks.client import Ranks
 
 JOBS = "tests.ranks.zygote_jobs"
 
@@ -63,7 +64,7 @@ def test_an_exception_is_reported_with_its_rank_and_the_others_are_killed(ranks,
     start = time.monotonic()
     with pytest.raises(AssertionError) as caught:
         kwargs = {"who": 1, "lock_folder": str(tmp_path)}
-        ranks.run(f"{JOBS}:one_raises", 3, kwargs=kwargs, timeout=60, grace=0.5)
+        ranks.results(f"{JOBS}:one_raises", 3, kwargs=kwargs, timeout=60, grace=0.5)
     text = str(caught.value)
     assert "killed 0.5 s after rank 1 had failed" in text
     assert text.index("rank 1 raised") < text.index("rank 0 ended by SIGKILL")
@@ -93,7 +94,7 @@ def test_a_hang_is_killed_by_the_timeout_and_shows_where(run_ranks):
 
 def test_a_crash_is_reported_by_its_signal_and_stack(ranks):
     with pytest.raises(AssertionError) as caught:
-        ranks.run(f"{JOBS}:one_crashes", 2, kwargs={"who": 0}, timeout=20, grace=0.5)
+        ranks.results(f"{JOBS}:one_crashes", 2, kwargs={"who": 0}, timeout=20, grace=0.5)
     text = str(caught.value)
     assert text.index("rank 0 ended by SIGSEGV") < text.index("rank 1 ")
     assert "in one_crashes" in text
@@ -121,7 +122,7 @@ def test_ranks_and_what_they_started_die_with_the_zygote(tmp_path, how):
 
     def job() -> None:
         try:
-            own.run(f"{JOBS}:starts_a_process", 1, kwargs=kwargs, timeout=100)
+            own.results(f"{JOBS}:starts_a_process", 1, kwargs=kwargs, timeout=100)
         except AssertionError as error:
             errors.append(str(error))
 
@@ -162,15 +163,15 @@ def test_a_killed_rank_is_noticed_though_its_fork_lives_on(run_ranks, tmp_path):
     ],
 )
 def test_a_module_that_cannot_be_imported_or_computes_is_a_loud_failure(tmp_path, body, text):
-    package = tmp_path / "megalite"
+    package = tmp_path / "stand_in"
     (package / "room").mkdir(parents=True)
     (package / "__init__.py").write_text("")
     (package / "room" / "__init__.py").write_text("")
     (package / "room" / "bad.py").write_text(body + "\n")
-    # A stand-in package comes first on the path, and the harness is the real one.
+    paths = [str(tmp_path), str(PACKAGE_FOLDER)]
     code = (
-        f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]\n"
-        "from tests.ranks.zygote import main; main()"
+        f"import sys; sys.path[:0] = {paths}\n"
+        "from megalite.train.zygote import main; main('stand_in')"
     )
     result = subprocess.run(
         [sys.executable, "-c", code],

@@ -170,7 +170,7 @@ GENERATE = [
     ("run def --temprature 1", "unknown option --temprature (did you mean --temperature?)"),
 ]
 
-KNOWN_VERBS = "corpus, tokenizer, preprocess, pretrain, inspect, convert, generate"
+KNOWN_VERBS = "corpus, tokenizer, preprocess, pretrain, verify, inspect, convert, generate"
 VERBS = [
     ("pretain", f"unknown verb 'pretain' (did you mean pretrain? known: {KNOWN_VERBS})"),
     ("tokenizer", "tokenizer: use tokenizer train or show"),

@@ -1,16 +1,15 @@
 """The warm process that ranks are forked from: it imports all that they need, computes nothing.
 
-    python -m tests.ranks.zygote
+    python -m megalite.train.zygote
 
 A child of it is a rank in milliseconds instead of the seconds that importing torch takes. It must
 not compute: children of a parent that had run tensor operations or a backward have hung, because
-fork copies no threads but copies their locks. pytest itself does compute, so it is never the
-parent; it talks to this process through tests/ranks/client.py, one JSON line a job on standard
-input:
+fork copies no threads but copies their locks. Nor can they use a GPU. Its other side is ranks.py,
+which sends one JSON line a job to its standard input:
 
-    {"target": "tests.ranks.jobs:name", "world": 4, "kwargs": {...}, "timeout": 60.0, "grace": 5.0}
+    {"target": "module:name", "world": 4, "kwargs": {...}, "timeout": 60.0, "grace": 5.0}
 
-and one JSON line back on standard output, {"results": [one a rank], "output": text} or
+and one JSON line comes back on standard output, {"results": [one a rank], "output": text} or
 {"error": text}. The target is called as name(rank, world, **kwargs) in each rank, inside a gloo
 process group if world > 1, and returns what JSON can hold.
 """
@@ -35,11 +34,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
-import numpy  # noqa: F401  (imported here so that no rank has to)
 import torch
-import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from megalite.core import mesh
 
 TAIL_LINES = 60
 """How much of a rank's output an error shows."""
@@ -48,17 +48,16 @@ TAIL_LINES = 60
 class NoTensorOps(TorchDispatchMode):
     """Any tensor operation inside is an error."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise AssertionError(f"{func} ran in the process that ranks are forked from")
 
 
-def import_everything() -> None:
-    """Import each module of megalite; one that cannot be imported, or computes, is an error."""
-
+def import_everything(name: str) -> None:
+    """Import each module of a package; one that cannot be imported, or computes, is an error."""
     with NoTensorOps():
-        package = importlib.import_module("megalite")
+        package = importlib.import_module(name)
         # A package is handed out before walk_packages, which hides errors, imports it itself.
-        for module in pkgutil.walk_packages(package.__path__, "megalite."):
+        for module in pkgutil.walk_packages(package.__path__, f"{name}."):
             # __main__ imports the rest inside its functions, and is not made to be imported.
             if not module.name.endswith("__main__"):
                 importlib.import_module(module.name)
@@ -198,7 +197,7 @@ def run_rank(rank: int, job: dict, folder: Path, lifeline: int) -> int:
         left = {"result": call(rank, job, folder)}
         text, code = json.dumps(left), 0
     except BaseException:
-        # Also SystemExit: to a test, a rank that leaves early has failed.
+        # Also SystemExit: a rank that leaves early has failed.
         text, code = json.dumps({"traceback": traceback.format_exc(), "at": time.monotonic()}), 1
     (folder / f"rank-{rank}.json").write_text(text, encoding="utf-8")
     sys.stdout.flush()
@@ -213,18 +212,16 @@ def call(rank: int, job: dict, folder: Path) -> object:
     world = job["world"]
     if world == 1:
         return target(0, 1, **job["kwargs"])
-    dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(str(folder / "store"), world),
+    mesh.connect(
         rank=rank,
         world_size=world,
+        backend="gloo",
         timeout=timedelta(seconds=job["timeout"]),
+        device=torch.device("cpu"),
+        meet_at=folder / "store",
     )
     result = target(rank, world, **job["kwargs"])
-    if dist.is_initialized():
-        # A rank that leaves early would break the connections the others still use.
-        dist.barrier()
-        dist.destroy_process_group()
+    mesh.disconnect(together=True)
     return result
 
 
@@ -270,14 +267,14 @@ def how_it_ended(child: Child) -> str:
     return "raised" if child.status else "ended without a result"
 
 
-def main() -> None:
-    """Get warm, then serve."""
+def main(package: str = "megalite") -> None:
+    """Get warm by importing `package`, then serve."""
     replies = os.dup(1)
     # What a module prints must not end up between the answers.
     os.dup2(2, 1)
     zygote = Zygote(replies)
     try:
-        import_everything()
+        import_everything(package)
     except BaseException:
         zygote.reply({"error": traceback.format_exc()})
         return

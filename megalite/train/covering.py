@@ -1,0 +1,306 @@
+"""Layouts drawn at random so that few rows try every legal pair of settings: a covering array.
+
+FACTORS is the whole description: a name and its values, the plain one first. What is legal is asked
+of Config.check and of the schedule itself, never stated here. A new feature adds a line to FACTORS
+and, if its name is no field of Config, a line to `config_of`. Kuhn, Kacker and Lei 2010 (NIST
+SP 800-142) on why pairs; the greedy draw is of the family of AETG, Cohen et al. 1997.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from typing import Any
+
+from megalite.core.config import Config, LayoutConfig
+from megalite.core.errors import UserError
+from megalite.schedule.custom import is_file
+from megalite.schedule.generators import SCHEDULES
+from megalite.train.build import schedule_maker
+
+Row = dict[str, Any]
+"""A value for every factor."""
+Pair = tuple[str, Any, str, Any]
+"""Two factors, in the order of FACTORS, with a value each."""
+
+LLAMA = {"norm": "rmsnorm", "activation": "swiglu", "position": "rope", "bias": False}
+FORMS: dict[str, dict[str, Any]] = {
+    "gpt": {},
+    "llama": LLAMA,
+    "all": {
+        **LLAMA,
+        "qk_norm": True,
+        "sliding_window": 5,
+        "logit_soft_cap": 4.0,
+        "attention_soft_cap": 3.0,
+    },
+}
+FACTORS: dict[str, tuple[Any, ...]] = {
+    "tp": (1, 2, 3, 4),
+    "sequence_parallel": (True, False),
+    "pp": (1, 2, 3, 4),
+    "vpp": (1, 2, 3),
+    "schedule": tuple(sorted(SCHEDULES, key=lambda name: name != "1f1b")),
+    "uneven": (False, True),
+    "dp": (1, 2, 3, 4),
+    "zero": (0, 1, 2, 3),
+    "bucket_mb": (None, 0.01),
+    "microbatches": (1, 2, 3, 4, 7),
+    "micro_batch_size": (1, 2),
+    "lengths_vary": (False, True),
+    "form": tuple(FORMS),
+    "tie_embeddings": (True, False),
+    "num_kv_heads": (None, 1, 2, 3, 4),
+    "dropout": (0.0, 0.2),
+    "attention_dropout": (0.0, 0.1),
+}
+HEADS = 12
+"""Of every drawn model: all values of tp and of num_kv_heads divide it."""
+TRIES = 4
+"""Rows to choose the best of, for each row drawn."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One drawn layout."""
+
+    row: Row
+    config: Config
+    world: int
+
+    @property
+    def name(self) -> str:
+        """What is not plain, in the order of FACTORS."""
+        return name_of({k: v for k, v in self.row.items() if v != FACTORS[k][0]})
+
+
+@dataclass
+class Coverage:
+    """Which pairs there are, which are legal, and which the rows so far have."""
+
+    legal: dict[Pair, Row] = field(default_factory=dict)
+    """Each legal pair, with a row that has it."""
+    refused: dict[Pair, str] = field(default_factory=dict)
+    """Each pair that no legal row has, with the rule."""
+    covered: set[Pair] = field(default_factory=set)
+
+    def new_in(self, row: Row) -> int:
+        """How many pairs a row would cover that none did."""
+        return sum(pair in self.legal and pair not in self.covered for pair in pairs_of(row))
+
+    def refused_by_rule(self) -> dict[str, list[Pair]]:
+        """The refused pairs by rule, its numbers left out."""
+        rules: dict[str, list[Pair]] = {}
+        for pair, text in self.refused.items():
+            rules.setdefault(re.sub(r" \(.*|\d+", lambda m: "N" * m[0].isdigit(), text), []).append(
+                pair
+            )
+        return rules
+
+
+class Space:
+    """The rows that are legal on top of a given config.
+
+    What differs from its default there stays as it is in every row.
+    """
+
+    def __init__(self, base: Config, max_ranks: int):
+        self.base, self.max_ranks = base, max_ranks
+        self.factors = {name: self._values(name) for name in FACTORS}
+        self.plain = {name: values[0] for name, values in self.factors.items()}
+        self._known: dict[tuple, str] = {}
+        self._schedules: dict[tuple, str] = {}
+
+    def _values(self, name: str) -> tuple[Any, ...]:
+        base, values = self.base, FACTORS[name]
+        if name == "form":
+            plain = all(
+                getattr(base.model, key) == getattr(type(base.model)(), key) for key in FORMS["all"]
+            )
+            return values if plain else ("gpt",)
+        if name == "uneven" and base.layout.pp_layers is not None:
+            return (False,)
+        for group in (base.layout, base.model, base.train):
+            if hasattr(group, name) and getattr(group, name) != getattr(type(group)(), name):
+                return (getattr(group, name),)
+        return values
+
+    def draw(self, row: Row) -> Drawn:
+        """The config of a row, legal or not."""
+        return Drawn(dict(row), config_of(row, self.base), row["tp"] * row["pp"] * row["dp"])
+
+    def why_not(self, row: Row) -> str:
+        """The rule that refuses a row; empty for a legal one."""
+        key = tuple(row.values())
+        if key not in self._known:
+            self._known[key] = self._ask(row)
+        return self._known[key]
+
+    def _ask(self, row: Row) -> str:
+        drawn = self.draw(row)
+        if drawn.world > self.max_ranks:
+            return f"--max-ranks {self.max_ranks}: the layout has {drawn.world} ranks"
+        try:
+            drawn.config.check(drawn.world)
+        except UserError as error:
+            return str(error)
+        layout, n = drawn.config.layout, row["microbatches"]
+        asked = (layout.schedule, layout.pp, layout.vpp, n, row["tie_embeddings"])
+        if asked not in self._schedules:
+            try:
+                schedule_maker(drawn.config)(n)
+                self._schedules[asked] = ""
+            except UserError as error:
+                self._schedules[asked] = str(error)
+        return self._schedules[asked]
+
+    def completed(self, fixed: Row) -> tuple[Row | None, str]:
+        """A legal row with these values and as few others as can be that are not plain.
+
+        Looks two changes away from the plain row; if there is none, the second is the rule, the
+        one that most speaks of these factors.
+        """
+        start = {**self.plain, **fixed}
+        rules: dict[str, None] = {}
+        for row in self._near(start, set(fixed)):
+            rule = self.why_not(row)
+            if not rule:
+                return row, ""
+            rules[rule] = None
+        flags = [f"--{name.replace('_', '-')}" for name in fixed]
+        return None, max(rules, key=lambda rule: sum(f in rule for f in flags))
+
+    def _near(self, start: Row, fixed: set[str]) -> Iterator[Row]:
+        yield start
+        changes = [(n, v) for n, vs in self.factors.items() if n not in fixed for v in vs[1:]]
+        for name, value in changes:
+            yield {**start, name: value}
+        # Only a setting that changes what the rules say can help with another one.
+        rule = self.why_not(start)
+        useful = [(n, v) for n, v in changes if self.why_not({**start, n: v}) != rule]
+        for name, value in useful:
+            for other, second in changes:
+                if other != name:
+                    yield {**start, name: value, other: second}
+
+
+def pairs_of(row: Row) -> list[Pair]:
+    """All pairs of values in a row."""
+    return [(a, x, b, y) for (a, x), (b, y) in combinations(row.items(), 2)]
+
+
+def coverage_of(space: Space) -> Coverage:
+    """Every pair of values, sorted into legal and refused."""
+    coverage = Coverage()
+    for (a, xs), (b, ys) in combinations(space.factors.items(), 2):
+        for x in xs:
+            for y in ys:
+                row, rule = space.completed({a: x, b: y})
+                if row is None:
+                    coverage.refused[a, x, b, y] = rule
+                else:
+                    coverage.legal[a, x, b, y] = row
+    return coverage
+
+
+def draw_rows(space: Space, count: int, seed: int) -> tuple[list[Drawn], Coverage]:
+    """`count` legal layouts, each with as many pairs as can be that those before it lack."""
+    chance, coverage = random.Random(seed), coverage_of(space)
+    pairs = list(coverage.legal)
+    if not pairs:
+        rule = next(iter(coverage.refused.values()))
+        raise UserError(f"--random {count}: no legal layout is left to draw: {rule}")
+    rows = []
+    for _ in range(count):
+        left = [pair for pair in pairs if pair not in coverage.covered] or pairs
+        tries = [_climb(space, coverage, chance.choice(left), chance) for _ in range(TRIES)]
+        best = max(tries, key=coverage.new_in)
+        coverage.covered.update(pair for pair in pairs_of(best) if pair in coverage.legal)
+        rows.append(space.draw(best))
+    return rows, coverage
+
+
+def _climb(space: Space, coverage: Coverage, pair: Pair, chance: random.Random) -> Row:
+    """From a legal row with `pair`, one factor at a time to values that cover more."""
+    row = dict(coverage.legal[pair])
+    names = [name for name in space.factors if name not in (pair[0], pair[2])]
+    # Where nothing is left to cover the row is still a random one.
+    for better in (lambda new, old: new >= old, lambda new, old: new > old):
+        chance.shuffle(names)
+        for name in names:
+            values = list(space.factors[name])
+            chance.shuffle(values)
+            row = _best_value(space, coverage, row, name, values, better)
+    return row
+
+
+def _best_value(
+    space: Space,
+    coverage: Coverage,
+    row: Row,
+    name: str,
+    values: list[Any],
+    better: Callable[[int, int], bool],
+) -> Row:
+    best, most = row, coverage.new_in(row)
+    for value in values:
+        other = {**row, name: value}
+        new = coverage.new_in(other)
+        if better(new, most) and not space.why_not(other):
+            best, most = other, new
+    return best
+
+
+def config_of(row: Row, base: Config) -> Config:
+    """The config of a drawn row: small, and like `base` in all that no factor names."""
+    stages = row["pp"] * row["vpp"]
+    layers = tuple(1 + (stage == stages // 2) for stage in range(stages))
+    given = base.layout.pp_layers
+    model = replace(
+        base.model,
+        **FORMS[row["form"]],
+        **_fields_in(row, base.model),
+        num_heads=HEADS,
+        hidden_size=4 * HEADS,
+        ffn_hidden_size=8 * HEADS,
+        num_layers=sum(given) if given else sum(layers) if row["uneven"] else max(2, stages),
+        vocab_size=min(61, base.model.vocab_size),
+        # Cut in quarters by lengths that vary, and each of those over tp.
+        seq_len=4 * row["tp"] * -(-8 // (4 * row["tp"])),
+        init_std=0.1,
+    )
+    layout: LayoutConfig = replace(base.layout, **_fields_in(row, base.layout))
+    if row["uneven"]:
+        layout = replace(layout, pp_layers=layers)
+    train = replace(
+        base.train,
+        **_fields_in(row, base.train),
+        global_batch_size=row["microbatches"] * row["micro_batch_size"] * row["dp"],
+    )
+    return replace(base, model=model, layout=layout, train=train)
+
+
+def _fields_in(row: Row, group: Any) -> Row:
+    names = {f.name for f in dataclasses.fields(group)}
+    return {name: value for name, value in row.items() if name in names}
+
+
+def name_of(settings: Mapping[str, Any]) -> str:
+    """Settings in a few words: `tp2 pp2 zb-h1 no-sequence-parallel`."""
+    words = []
+    for name, value in settings.items():
+        word = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(word if value else f"no-{word}")
+        elif name in ("schedule", "form"):
+            words.append(value.rpartition("/")[2] if is_file(value) else str(value))
+        else:
+            short = {"micro-batch-size": "micro", "num-kv-heads": "kv", "microbatches": "n"}
+            words.append(
+                f"{short.get(word, word)}{'' if word in ('tp', 'pp', 'dp', 'zero') else ' '}{value}"
+            )
+    return " ".join(words) or "one process"

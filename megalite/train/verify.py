@@ -1,0 +1,310 @@
+"""What the ranks of `megalite verify` do: train a few steps, compare every number with one process.
+
+The reference is the model run whole, in one process, in float64: it writes its losses, gradients,
+norms and weights as whole tensors. A rank of a layout reads them and compares its own boxes, found
+through each parameter's Shard; no number is gathered to be compared. The oracle's tests call the
+same functions. Next: verify_command.py, which draws layouts and starts the ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from megalite.core.call import IGNORE, Call, Context, make_call
+from megalite.core.config import Config
+from megalite.core.mesh import Mesh
+from megalite.core.params import named_parameters, traits_of
+from megalite.core.shard import Box, in_words, slices
+from megalite.data.loader import Synthetic
+from megalite.train.build import DTYPES, Engine, build_engine, mesh_factors, mesh_sizes
+from megalite.train.loop import Reduced, forward_backward, update
+
+# s sequence, b micro batch
+
+CPU = torch.device("cpu")
+MASKED = 0.15
+"""Share of labels that take no part, drawn per sample."""
+KINDS = ("init", "grad", "weights", "update", "loss", "norm")
+"""What is compared, what names a tensor first. `update` is the weights' error in learning rates,
+where the weights' own size would hide it."""
+TOL: dict[str, dict[str, float]] = {
+    "fp64": {"init": 1e-14, "loss": 1e-10, "norm": 1e-10, "grad": 1e-10, "weights": 1e-10},
+    "fp32": {"init": 1e-6, "loss": 1e-5, "norm": 1e-5, "grad": 1e-5, "update": 1e-3},
+    # 8 bits of mantissa: enough to see a sum that is missing or made twice, and not much more.
+    "bf16": {"init": 8e-3, "loss": 2e-2, "norm": 5e-2, "grad": 2e-1},
+}
+"""Bounds of max|a - b| / max(max|reference|, a floor of its kind), by precision."""
+
+
+@dataclass(frozen=True)
+class Gap:
+    """The largest difference found in one tensor, or in a scalar."""
+
+    kind: str
+    name: str
+    step: int
+    error: float
+    ours: float
+    reference: float
+    index: tuple[int, ...] = ()
+    """In the whole tensor."""
+    shard: str = ""
+    allowed: float = math.inf
+
+    @property
+    def where(self) -> str:
+        return self.name if self.kind not in ("loss", "norm") else self.kind
+
+
+@dataclass
+class Findings:
+    """The worst gap of each kind, and of the first step with any out of bounds the worst one.
+
+    After the first update, rounding that Adam has divided by small gradients is in all numbers:
+    `later` bounds those steps where that is more than `bounds`.
+    """
+
+    bounds: dict[str, float]
+    later: dict[str, float] = field(default_factory=dict)
+    worst: dict[str, Gap] = field(default_factory=dict)
+    first: Gap | None = None
+
+    def see(self, gap: Gap) -> None:
+        """Keep what is worse than all before."""
+        allowed = self.bounds.get(gap.kind, math.inf)
+        if gap.step > 0:
+            allowed = max(allowed, self.later.get(gap.kind, 0.0))
+        gap = replace(gap, allowed=allowed)
+        if gap.kind not in self.worst or gap.error > self.worst[gap.kind].error:
+            self.worst[gap.kind] = gap
+        if gap.error > allowed and (self.first is None or _urgency(gap) < _urgency(self.first)):
+            self.first = gap
+
+    def see_tensor(
+        self, kind: str, step: int, part: Part, *, ours: np.ndarray, whole: np.ndarray, floor: float
+    ) -> None:
+        """Compare one box of a tensor with the reference's whole one."""
+        theirs = whole[slices(part.box)]
+        gaps = np.abs(ours - theirs)
+        at = np.unravel_index(int(gaps.argmax()), gaps.shape)  # the first NaN, if there is one
+        error = float(gaps[at]) / floor
+        error = math.inf if math.isnan(error) else error
+        index = tuple(int(i) + lo for i, (lo, _) in zip(at, part.box, strict=True))
+        self.see(
+            Gap(kind, part.name, step, error, float(ours[at]), float(theirs[at]), index, part.shard)
+        )
+
+
+@dataclass(frozen=True)
+class Part:
+    """A box of a whole tensor."""
+
+    name: str
+    box: Box
+    shard: str
+
+
+def _urgency(gap: Gap) -> tuple[int, int, bool, float]:
+    """Smaller is more telling: an early step, a tensor before a scalar, a large error.
+
+    A fault of the forward pass is in all gradients of the step, and the name is then a hint: the
+    largest error of a matrix, since the few numbers of a norm or bias are off by more or less.
+    """
+    return gap.step, KINDS.index(gap.kind), len(gap.index) < 2, -gap.error
+
+
+def engine_of(config: Config, rank: int, world: int, precision: str, **kwargs: Any) -> Engine:
+    """The engine of this rank, on gloo where there is more than one."""
+    kind = "real" if world > 1 else "single"
+    mesh = Mesh(mesh_sizes(config, world), rank=rank, kind=kind, factors=mesh_factors(config))
+    return build_engine(config, mesh, device=CPU, dtype=DTYPES[precision], **kwargs)
+
+
+def calls_of(engine: Engine, step: int, varying: bool, blank: Sequence[int] = ()) -> list[Call]:
+    """This rank's microbatches: masked labels, and lengths that differ by microbatch if `varying`.
+
+    Samples, masks and lengths follow from the number of the sample alone. No label at a position in
+    `blank` takes part.
+    """
+    config, mesh = engine.config, engine.mesh
+    size, s = config.train.micro_batch_size, config.model.seq_len
+    dp = mesh.axis("dp")
+    source = Synthetic(config.model.vocab_size, s, seed=5)
+    cut = mesh.axis("tp") if config.layout.sequence_parallel else None
+    context = Context(mesh.axis("cp"), config.layout.cp_form)
+    calls = []
+    for m in range(config.num_microbatches(mesh.world_size)):
+        first = step * config.train.global_batch_size + (m * dp.size + dp.idx) * size
+        length = s - (first // size % 3) * (s // 4) if varying else s
+        rows, masks = [], []
+        for number in range(first, first + size):
+            rows.append(source.window(number)[: length + 1])
+            mask = np.random.default_rng([9, number]).random(s) < MASKED
+            mask[list(blank)] = True
+            masks.append(mask[:length])
+        tokens = torch.from_numpy(np.stack(rows).T.copy())  # [s + 1, b]
+        labels = tokens[1:].masked_fill(torch.from_numpy(np.stack(masks).T.copy()), IGNORE)
+        samples = torch.arange(first, first + size)
+        inputs = tokens[:-1].contiguous()
+        calls.append(make_call(inputs, labels, samples, seq_cut=cut, context=context))
+    return calls
+
+
+def reference(
+    rank: int,
+    world: int,
+    config: dict,
+    steps: int,
+    varying: bool,
+    out: str,
+    blank: Sequence[int] = (),
+    **kwargs: Any,
+) -> list[float]:
+    """Train one process in float64 and write every number to `out` (npz); gives the losses."""
+    engine = engine_of(Config.from_dict(config), rank, world, "fp64", **kwargs)
+    numbers: dict[str, np.ndarray] = {}
+
+    def keep(what: str, number_of: Callable[[Any], Tensor]) -> None:
+        for stage in engine.stages.values():
+            for name, param in named_parameters(stage):
+                numbers[f"{what}/{name}"] = number_of(param).numpy().copy()
+
+    keep("init", lambda param: param.detach())
+    losses = []
+    for step in range(steps):
+        found = forward_backward(engine, calls_of(engine, step, varying, blank))
+        numbers[f"{step}/loss"], numbers[f"{step}/norm"] = found.loss.numpy(), found.norm.numpy()
+        losses.append(found.loss.item())
+        keep(f"{step}/grad", partial(_scaled_grad, by=found.correction))
+        update(engine, found, lr=engine.config.optim.lr)
+        keep(f"{step}/weights", lambda param: param.detach())
+    np.savez(out, **numbers)  # type: ignore[arg-type]
+    return losses
+
+
+def _scaled_grad(param: nn.Parameter, by: Tensor) -> Tensor:
+    assert param.grad is not None
+    return param.grad * by
+
+
+def compare(
+    rank: int,
+    world: int,
+    config: dict,
+    precision: str,
+    steps: int,
+    varying: bool,
+    ref: str,
+    later: dict[str, float] | None = None,
+    blank: Sequence[int] = (),
+    **kwargs: Any,
+) -> dict:
+    """Train this layout and compare with the file that `reference` wrote.
+
+    `later`: wider bounds for the steps after the first, by kind.
+
+    Gives, as JSON: `worst`, the worst Gap of each kind; `first`, the first out of tolerance (None);
+    `owned`, how many numbers of the gradients this rank counts, over all ranks the model once; and
+    `size`, the numbers of the model.
+    """
+    engine = engine_of(Config.from_dict(config), rank, world, precision, **kwargs)
+    want = dict(np.load(Path(ref)))
+    findings = Findings(TOL[precision], later or {})
+    with engine.zero.whole_params():
+        _compare_weights(engine, 0, "init", want, findings)
+    owned = 0
+    for step in range(steps):
+        found = forward_backward(engine, calls_of(engine, step, varying, blank))
+        _compare_scalars(found, step, want, findings)
+        zero = engine.zero
+        assert zero.all_landed(engine.config.num_microbatches(world)), zero.landed
+        owned += _compare_grads(engine, step, found.correction, want, findings)
+        update(engine, found, lr=engine.config.optim.lr)
+        with engine.zero.whole_params():
+            _compare_weights(engine, step, f"{step}/weights", want, findings)
+    return {
+        "worst": {kind: asdict(gap) for kind, gap in findings.worst.items()},
+        "first": asdict(findings.first) if findings.first else None,
+        "owned": owned // steps,
+        "size": sum(tensor.size for name, tensor in want.items() if name.startswith("init/")),
+    }
+
+
+def gap_from(tree: dict) -> Gap:
+    """The Gap of a `compare`."""
+    return Gap(**{**tree, "index": tuple(tree["index"])})
+
+
+def most_urgent(gaps: list[Gap]) -> Gap:
+    """Of several ranks' first gaps the one to name: of the first step, a tensor, the largest."""
+    return min(gaps, key=_urgency)
+
+
+def _compare_scalars(found: Reduced, step: int, want: dict, findings: Findings) -> None:
+    for kind, ours in (("loss", found.loss), ("norm", found.norm)):
+        theirs = float(want[f"{step}/{kind}"])
+        error = abs(ours.item() - theirs) / abs(theirs)
+        error = math.inf if math.isnan(error) else error
+        findings.see(Gap(kind, kind, step, error, ours.item(), theirs))
+
+
+def _compare_grads(
+    engine: Engine, step: int, correction: Tensor, want: dict, findings: Findings
+) -> int:
+    zero, owned, axes = engine.zero, 0, engine.mesh.axes
+    for bucket in zero.buckets:
+        base, _ = within = zero.updated_range(bucket)
+        flat = zero.grads_of(bucket)
+        for box in bucket.layout.boxes(within, lambda slot: slot.shard.pieces(axes)):
+            slot = box.slot
+            whole = want[f"{step}/grad/{slot.name}"]
+            ours = (box.of(flat, base).double() * correction).numpy()
+            floor = max(float(np.abs(whole).max()), 1e-3 * _layer_rms(slot.name, step, want))
+            part = Part(slot.name, box.whole, in_words(slot.shard))
+            findings.see_tensor("grad", step, part, ours=ours, whole=whole, floor=floor)
+        for box in bucket.layout.boxes(zero.my_range(bucket), lambda slot: slot.owned):
+            owned += box.of(bucket.grads, base).numel()
+    return owned
+
+
+def _layer_rms(name: str, step: int, want: dict) -> float:
+    """Root mean square of the gradients of the layer that a tensor belongs to, or of itself."""
+    layer = ".".join(name.split(".")[:2]) + "." if name.startswith("layers.") else name
+    members = [v for k, v in want.items() if k.startswith(f"{step}/grad/{layer}")]
+    return float(np.sqrt(sum((m**2).sum() for m in members) / sum(m.size for m in members)))
+
+
+def _compare_weights(engine: Engine, step: int, under: str, want: dict, findings: Findings) -> None:
+    """Compare the parameters with those `under` that name: as they begin, or after a step."""
+    start = under == "init"
+    for stage in engine.stages.values():
+        for name, param in named_parameters(stage):
+            traits = traits_of(param)
+            whole = want[f"{under}/{name}"]
+            floor = max(1e-3, float(np.abs(whole).max()))
+            inside = np.zeros(param.shape, dtype=bool)
+            for piece in traits.shard.pieces(traits.axes):
+                ours = param.detach()[slices(piece.local)].double().clone().numpy()
+                part = Part(name, piece.whole, in_words(traits.shard))
+                kinds = (
+                    (("init", floor),)
+                    if start
+                    else (("weights", floor), ("update", engine.config.optim.lr))
+                )
+                for kind, unit in kinds:
+                    findings.see_tensor(kind, step, part, ours=ours, whole=whole, floor=unit)
+                inside[slices(piece.local)] = True
+            # Padding rows stay zero, as they begin: no update ever reaches them.
+            outside = float(np.abs(param.detach().double().clone().numpy()[~inside]).sum())
+            if outside != 0:
+                gap = Gap("init", f"{name} (padding)", step, math.inf, outside, 0.0)
+                findings.see(replace(gap, shard=in_words(traits.shard)))

@@ -1,0 +1,374 @@
+"""`megalite verify`: layouts against one process, as a table; exit code 1 if any differs.
+
+It makes a small model of the given form, starts its own ranks, and shows for each layout the worst
+errors and where they are. What the ranks do: verify.py. What --random draws: covering.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megalite.core.check import check_precision
+from megalite.core.config import Config, LayoutConfig, ModelConfig
+from megalite.core.errors import RunError, UserError
+from megalite.layers.attention import load_attention
+from megalite.train.covering import Coverage, Pair, Space, draw_rows, name_of
+from megalite.train.ranks import Ranks
+from megalite.train.verify import TOL, Gap, gap_from, most_urgent
+from megalite.train.verify_args import VerifyRun
+
+MOST_RANKS = 16
+"""Of one layout that the flags give; more are a mistake on most machines."""
+ROW_SECONDS = 300.0
+COMPARE = "megalite.train.verify:compare"
+ROUNDING = 10.0
+"""Below fp64, how many times one process's own distance from fp64 a later step may show."""
+SMALL_HEAD, SMALL_VOCAB = 4, 61
+HEADER = "result  ranks     loss     grad  weights  seconds  worst at"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layout to compare; the model and the batch are its own."""
+
+    name: str
+    config: Config
+    world: int
+    lengths_vary: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of one layout."""
+
+    row: Row
+    seconds: float
+    worst: dict[str, Gap] = dataclasses.field(default_factory=dict)
+    first: Gap | None = None
+    """The first out of tolerance."""
+    trouble: str = ""
+    """Why there are no numbers, or that some were counted twice or never."""
+
+    @property
+    def ok(self) -> bool:
+        return self.first is None and not self.trouble
+
+
+def verify(run: VerifyRun) -> int:
+    """Compare, print the table, and return the exit code: 0 if all are equal, else 1."""
+    asked, config = run.verify, _without_verify(run)
+    precision = _precision(config)
+    if asked.json and not Path(asked.json).absolute().parent.is_dir():
+        raise UserError(f"--json {asked.json}: no such directory {Path(asked.json).parent}")
+    load_attention(config.model.attention)  # its mistakes are told here, and not by each rank
+    coverage: Coverage | None = None
+    if asked.random is None:
+        rows = [given_row(config, most=max(MOST_RANKS, asked.max_ranks))]
+    else:
+        base = replace(config, optim=_optim(config))
+        drawn, coverage = draw_rows(Space(base, asked.max_ranks), asked.random, config.train.seed)
+        rows = [Row(d.name, d.config, d.world, d.row["lengths_vary"]) for d in drawn]
+    bounds = ", ".join(f"{kind} {bound:g}" for kind, bound in TOL[precision].items())
+    print(f"megalite verify: {precision} against one process in fp64, {asked.steps} steps, on CPU")
+    print(f"  error: largest difference over the tensor's largest value; allowed: {bounds}")
+    if precision != "fp64":
+        print(f"  after the first step {ROUNDING:g} times one process's own error is allowed, too")
+    print(f"\n{HEADER}", flush=True)
+    results = []
+    with Ranks() as ranks, tempfile.TemporaryDirectory(prefix="megalite-verify-") as folder:
+        for row in rows:
+            results.append(compare_row(row, ranks, Path(folder), precision, asked.steps))
+            print("\n".join(_shown(results[-1])), flush=True)
+    failed = sum(not result.ok for result in results)
+    if coverage is not None:
+        print("\n" + "\n".join(_coverage_lines(coverage)))
+    if len(results) > 1:
+        print(f"\n{len(results)} layouts, {failed} differ from one process")
+    if asked.json:
+        Path(asked.json).write_text(
+            json.dumps(_tree(run, precision, results, coverage), indent=1) + "\n", encoding="utf-8"
+        )
+    return 1 if failed else 0
+
+
+def _without_verify(run: VerifyRun) -> Config:
+    config = Config(**{f.name: getattr(run, f.name) for f in dataclasses.fields(Config)})
+    return replace(config, train=replace(config.train, device=_device(config)))
+
+
+def _device(config: Config) -> Any:
+    if config.train.device == "cuda":
+        raise UserError("--device cuda: verify runs on CPU so far (use --device cpu)")
+    if config.train.dry_run:
+        raise UserError("--dry-run: verify is about numbers, so it must run (leave it out)")
+    return "cpu"
+
+
+def _precision(config: Config) -> str:
+    asked = config.train.precision
+    check_precision(asked, "cpu")
+    return "fp64" if asked == "auto" else asked
+
+
+# -- the layout of the flags -------------------------------------------------------------------
+
+
+def given_row(config: Config, *, most: int) -> Row:
+    """The layout that the config describes, with a small model. Raises UserError if it cannot run.
+
+    `most` is how many ranks this command starts at most.
+    """
+    lay = config.layout
+    world = lay.tp * lay.pp * lay.cp * (lay.dp or 1)
+    if world > most:
+        raise UserError(
+            f"--max-ranks {most}: the layout needs {world} ranks on this machine "
+            f"(use --max-ranks {world}, or a smaller layout of the same kind)"
+        )
+    config.check(world)
+    small = small_config(config, world)
+    small.check(world)
+    plain = LayoutConfig(zero=-1)  # a stage is always worth naming
+    changed = {
+        f.name: getattr(lay, f.name)
+        for f in dataclasses.fields(lay)
+        if getattr(lay, f.name) != getattr(plain, f.name) and f.name != "pp_layers"
+    }
+    name = name_of(changed) + (" uneven" if lay.pp_layers else "")
+    return Row(name, small, world)
+
+
+def small_config(config: Config, world: int) -> Config:
+    """The same layout with a small model and a batch of as many microbatches as fill its pipe."""
+    lay, train = config.layout, config.train
+    microbatches = min(config.num_microbatches(world), 2 * lay.pp * lay.vpp + 1)
+    micro = min(train.micro_batch_size, 2)
+    return replace(
+        config,
+        model=small_model(config),
+        layout=replace(
+            lay,
+            pp_layers=_small_layers(lay.pp_layers) if lay.pp_layers else None,
+            # Several buckets even of a small model.
+            bucket_mb=0.01 if lay.bucket_mb is None else lay.bucket_mb,
+        ),
+        optim=_optim(config),
+        train=replace(
+            train,
+            micro_batch_size=micro,
+            global_batch_size=micro * microbatches * config.data_ranks(world),
+        ),
+    )
+
+
+def small_model(config: Config) -> ModelConfig:
+    """A model of the same form, as small as the layout allows.
+
+    Two heads a rank where there are so many, the same ratio of query to kv heads or 2, a layer a
+    stage (and one more where stages were uneven), and a sequence that tp cuts in quarters.
+    """
+    model, lay = config.model, config.layout
+    tp, kv = lay.tp, model.kv_heads
+    ratio = model.num_heads // kv
+    if kv >= tp:
+        small_kv = 2 * tp if kv % (2 * tp) == 0 else tp
+        group = 1 if ratio == 1 else 2
+    else:
+        small_kv, least = kv, tp // kv
+        group = 2 * least if ratio % (2 * least) == 0 else least
+    heads, stages = small_kv * group, lay.pp * lay.vpp
+    layers = min(model.num_layers, max(2, stages) + (model.num_layers % stages > 0))
+    cut = 4 * tp if lay.sequence_parallel else 4
+    seq_len = min(model.seq_len, cut * math.ceil(8 / cut))
+    return replace(
+        model,
+        num_heads=heads,
+        num_kv_heads=small_kv,
+        hidden_size=heads * SMALL_HEAD,
+        ffn_hidden_size=2 * heads * SMALL_HEAD,
+        num_layers=sum(_small_layers(lay.pp_layers)) if lay.pp_layers else layers,
+        vocab_size=min(model.vocab_size, SMALL_VOCAB),
+        seq_len=seq_len,
+        sliding_window=model.sliding_window and min(model.sliding_window, max(1, seq_len // 2)),
+        init_std=0.1,
+    )
+
+
+def _small_layers(layers: Sequence[int]) -> tuple[int, ...]:
+    """Stages as uneven as these, the smallest of one layer, none of more than three."""
+    return tuple(min(3, n - min(layers) + 1) for n in layers)
+
+
+def _optim(config: Config) -> Any:
+    # eps keeps a gradient that is zero but for rounding from becoming a whole step.
+    return replace(config.optim, lr=1e-2, eps=1e-4, clip_grad=0.5, warmup_steps=0)
+
+
+# -- one row -----------------------------------------------------------------------------------
+
+
+def compare_row(row: Row, ranks: Ranks, folder: Path, precision: str, steps: int) -> Result:
+    """Train the layout on `ranks` and compare it; `folder` keeps the references of its like."""
+    start = time.monotonic()
+    ref = str(reference_of(row, ranks, folder, steps))
+    common = {"precision": precision, "varying": row.lengths_vary, "steps": steps, "ref": ref}
+
+    def run(config: Config, world: int, **later: Any) -> list[dict]:
+        asked = {**common, "config": config.to_dict(), **later}
+        return ranks.run(COMPARE, world, kwargs=asked, timeout=ROW_SECONDS).results
+
+    later = {}
+    try:
+        if precision != "fp64":
+            # How far rounding alone takes one process away from float64, step by step.
+            rounding = result_of(row, run(_one_process(row.config), 1), 0.0).worst
+            later = {kind: ROUNDING * gap.error for kind, gap in rounding.items()}
+        found = run(row.config, row.world, later=later)
+    except RunError as error:
+        return Result(row, time.monotonic() - start, trouble=_last_words(str(error)))
+    return result_of(row, found, time.monotonic() - start)
+
+
+def result_of(row: Row, found: list[dict], seconds: float) -> Result:
+    """The worst of what the ranks found."""
+    worst: dict[str, Gap] = {}
+    for gap in (gap_from(tree) for each in found for tree in each["worst"].values()):
+        if gap.kind not in worst or gap.error > worst[gap.kind].error:
+            worst[gap.kind] = gap
+    firsts = [gap_from(each["first"]) for each in found if each["first"]]
+    counted, size = sum(each["owned"] for each in found), found[0]["size"]
+    trouble = ""
+    if counted != size:
+        trouble = f"the ranks count {counted} gradients of {size}: some twice, or never"
+    return Result(row, seconds, worst, most_urgent(firsts) if firsts else None, trouble)
+
+
+def reference_of(row: Row, ranks: Ranks, folder: Path, steps: int) -> Path:
+    """The file of the one-process run of a row's model and batch; made once for all that share it.
+
+    Raises RunError if one process cannot run it either.
+    """
+    asked = {
+        "config": _one_process(row.config).to_dict(),
+        "varying": row.lengths_vary,
+        "steps": steps,
+    }
+    path = folder / f"{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]}.npz"
+    if not path.exists():
+        try:
+            ranks.run(
+                "megalite.train.verify:reference",
+                1,
+                kwargs={**asked, "out": str(path)},
+                timeout=ROW_SECONDS,
+            )
+        except RunError as error:
+            raise RunError(f"verify: one process cannot run: {_last_words(str(error))}") from None
+    return path
+
+
+def _one_process(config: Config) -> Config:
+    return replace(config, layout=LayoutConfig(zero=0))
+
+
+def _last_words(text: str) -> str:
+    """Of the ranks' tracebacks the first one's last line, with its rank."""
+    said = re.search(
+        r"^(rank \d+) raised\nTraceback.*?^([A-Za-z_][\w.]*(?::.*)?)$", text, re.S | re.M
+    )
+    return f"{said[1]}: {said[2]}" if said else "; ".join(text.splitlines()[:2])
+
+
+# -- what is shown -----------------------------------------------------------------------------
+
+
+def _shown(result: Result) -> list[str]:
+    def number(kind: str) -> str:
+        return f"{result.worst[kind].error:.1e}" if kind in result.worst else "-"
+
+    grad = result.worst.get("grad")
+    lines = [
+        f"{'ok' if result.ok else 'FAIL':<6}  {result.row.world:>5}  {number('loss'):>7}  "
+        f"{number('grad'):>7}  {number('weights'):>7}  {result.seconds:>7.1f}  "
+        f"{grad.where if grad else '-':<36}  {result.row.name}"
+    ]
+    if result.trouble:
+        lines.append(f"        {result.trouble}")
+    if gap := result.first:
+        place = f" at {list(gap.index)}" if gap.index else ""
+        lines.append(
+            f"        first out of tolerance, step {gap.step}: {gap.kind} of {gap.name}{place}: "
+            f"{gap.ours:.10g}, one process has {gap.reference:.10g} "
+            f"(error {gap.error:.1e}, allowed {gap.allowed:.0e})"
+        )
+        if gap.shard:
+            lines.append(f"        its Shard: {gap.shard}")
+    return lines
+
+
+def _coverage_lines(coverage: Coverage) -> list[str]:
+    lines = [
+        f"pairs of settings: {len(coverage.covered)} of {len(coverage.legal)} legal ones covered; "
+        f"{len(coverage.refused)} refused, by rule:"
+    ]
+    for rule, pairs in coverage.refused_by_rule().items():
+        some = "; ".join(_pair(pair) for pair in pairs[:4]) + ("; ..." if len(pairs) > 4 else "")
+        lines.append(f"  {len(pairs):>4}  {rule}   ({some})")
+    return lines
+
+
+def _pair(pair: Pair) -> str:
+    a, x, b, y = pair
+    return f"{a}={x} {b}={y}"
+
+
+def _tree(
+    run: VerifyRun, precision: str, results: list[Result], coverage: Coverage | None
+) -> dict[str, Any]:
+    rows = [
+        {
+            "layout": result.row.name,
+            "ranks": result.row.world,
+            "ok": result.ok,
+            "seconds": round(result.seconds, 3),
+            "worst": {kind: _finite(gap) for kind, gap in result.worst.items()},
+            "first": _finite(result.first) if result.first else None,
+            "trouble": result.trouble,
+            "lengths_vary": result.row.lengths_vary,
+            "config": result.row.config.to_dict(),
+        }
+        for result in results
+    ]
+    tree = {
+        "precision": precision,
+        "steps": run.verify.steps,
+        "seed": run.train.seed,
+        "tolerance": TOL[precision],
+        "rows": rows,
+    }
+    if coverage is not None:
+        refused = [[*pair, rule] for pair, rule in coverage.refused.items()]
+        tree["pairs"] = {
+            "legal": len(coverage.legal),
+            "covered": len(coverage.covered),
+            "refused": refused,
+        }
+    return tree
+
+
+def _finite(gap: Gap) -> dict[str, Any]:
+    """A Gap as JSON, which has no infinity: None."""
+    tree = asdict(gap)
+    return {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in tree.items()
+    }

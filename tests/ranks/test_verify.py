@@ -1,0 +1,253 @@
+"""`megalite verify`: right layouts pass, wrong ones fail and name their tensor."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megalite import __main__ as front
+from megalite.core.config import Config, LayoutConfig, ModelConfig, TrainConfig
+from megalite.core.errors import UserError
+from megalite.train.covering import FACTORS, Space, draw_rows, pairs_of
+from megalite.train.verify import TOL
+from megalite.train.verify_command import Row, given_row, reference_of, result_of, small_model
+
+JOBS = "tests.ranks.verify_jobs"
+MODEL = ModelConfig(norm="rmsnorm", qk_norm=True, bias=False)
+
+
+@pytest.fixture
+def outside_torchrun(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def verify(line: str) -> int:
+    return front.main(["verify", *line.split()])
+
+
+# -- the command -------------------------------------------------------------------------------
+
+
+def test_drawn_layouts_equal_one_process(outside_torchrun, tmp_path, capsys):
+    out = tmp_path / "table.json"
+    assert verify(f"--random 12 --seed 1 --json {out}") == 0
+    shown = capsys.readouterr().out
+    assert "12 layouts, 0 differ from one process" in shown
+    assert sum(line.startswith("ok ") for line in shown.splitlines()) == 12
+    made = json.loads(out.read_text())
+    assert (made["precision"], made["steps"], made["seed"]) == ("fp64", 3, 1)
+    assert made["pairs"]["covered"] > 0.7 * made["pairs"]["legal"] > 500
+    for row in made["rows"]:
+        assert row["ok"] and row["first"] is None and row["trouble"] == "" and row["ranks"] <= 8
+        for kind, bound in TOL["fp64"].items():
+            gap = row["worst"][kind]
+            assert gap["error"] <= bound and gap["kind"] == kind and gap["allowed"] == bound
+        assert Config.from_dict(row["config"]).model.num_heads == 12
+        assert row["worst"]["grad"]["shard"].startswith("[")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_narrow_numbers_stay_within_rounding(outside_torchrun, precision, capsys):
+    assert verify(f"--tp 2 --pp 2 --precision {precision}") == 0
+    assert f"{precision} against one process in fp64" in capsys.readouterr().out
+
+
+MISTAKES = [
+    ("--random -1", "--random -1: must be an integer >= 1"),
+    ("--random 0", "--random 0: must be an integer >= 1"),
+    ("--random many", "--random many: expected an integer"),
+    ("--steps 0", "--steps 0: must be an integer >= 1"),
+    ("--max-ranks 0", "--max-ranks 0: must be an integer >= 1"),
+    ("--device cuda", "--device cuda: verify runs on CPU so far (use --device cpu)"),
+    ("--dry-run", "--dry-run: verify is about numbers, so it must run (leave it out)"),
+    ("--precision fp16", "--precision fp16: not on --device cpu (use bf16 or fp32)"),
+    ("--precision fp8", "--precision fp8: expected one of auto, fp64, fp32, bf16, fp16"),
+    ("--json absent/t.json", "--json absent/t.json: no such directory absent"),
+    ("--tp 3", "--tp 3: --num-heads 4 is not divisible by 3 (allowed: 1, 2, 4)"),
+    ("--vpp 2", "--vpp 2: needs --schedule interleaved or zb-v (got 1f1b)"),
+    ("--tp 4 --dp 8", "--max-ranks 16: the layout needs 32 ranks on this machine "
+     "(use --max-ranks 32, or a smaller layout of the same kind)"),
+    ("--random 3 --vpp 2 --schedule gpipe",
+     "--random 3: no legal layout is left to draw: --vpp 2: needs --schedule interleaved or zb-v "
+     "(got gpipe)"),
+    ("--attention softmx",
+     "unknown --attention 'softmx' (did you mean softmax? known: softmax, FILE.py:NAME)"),
+    ("--attention absent.py:Mine",
+     "--attention absent.py: cannot be read (No such file or directory)"),
+    ("--randm 3", "unknown option --randm (did you mean --random?)"),
+    ("12", "unexpected argument '12' (see megalite verify --help)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line, text", MISTAKES, ids=[line for line, _ in MISTAKES])
+def test_mistake_is_one_line(line, text, outside_torchrun, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert verify(line) == 2
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("", f"megalite: error: {text}\n")
+
+
+# -- a user's own attention --------------------------------------------------------------------
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "my_attention.py"
+
+
+def test_own_attention_equals_one_process(outside_torchrun, capsys):
+    assert verify(f"--tp 2 --pp 2 --attention {EXAMPLE}:MyAttention") == 0
+    assert "\nok " in capsys.readouterr().out
+
+
+def test_own_attention_with_a_wrong_shard_names_its_tensor(outside_torchrun, tmp_path, capsys):
+    # The temperatures are held whole and each rank uses its own heads': the Shard does not say
+    # that their gradient is then partial.
+    text = EXAMPLE.read_text()
+    for right, wrong in (
+        ('Block(heads, ("tp",))', "Block(heads, (None,))"),
+        ("self.temperature[:, None, None]", "self.temperature[self.mine][:, None, None]"),
+        ("        self.slopes =", "        self.mine = mine\n        self.slopes ="),
+    ):
+        assert text.count(right) == 1
+        text = text.replace(right, wrong)
+    (tmp_path / "wrong.py").write_text(text)
+    assert verify(f"--tp 2 --attention {tmp_path}/wrong.py:MyAttention") == 1
+    shown = capsys.readouterr().out
+    assert "\nFAIL " in shown and "attention.temperature at [" in shown
+    assert "its Shard: [4] rows 0:4 whole on every rank\n" in shown
+
+
+# -- what it must catch ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compared(ranks, tmp_path_factory):
+    """The Result of a layout whose ranks run a job of ours in place of the library's."""
+    folder = tmp_path_factory.mktemp("verify")
+
+    def result(job: str, layout: dict, **kwargs):
+        config = Config(model=MODEL, layout=LayoutConfig(**layout))
+        row = given_row(config, most=16)
+        asked = {"config": row.config.to_dict(), "precision": "fp64", "steps": 2, "varying": False}
+        ref = str(reference_of(row, ranks, folder, 2))
+        found = ranks.results(
+            f"{JOBS}:{job}", row.world, kwargs={**asked, "ref": ref, **kwargs}, timeout=60
+        )
+        return result_of(row, found, 0.0)
+
+    return result
+
+
+def test_the_harness_passes_what_is_right(compared):
+    assert compared("compare", {"tp": 2, "dp": 2}, attention="Attention").ok
+
+
+def test_gradient_sum_left_out_of_a_shard_names_its_tensor(compared):
+    result = compared("compare", {"tp": 2}, attention="NoGradSum")
+    gap = result.first
+    assert not result.ok and (gap.kind, gap.step) == ("grad", 0)
+    assert gap.name.endswith("attention.q_norm.weight") and len(gap.index) == 1
+    assert gap.error > 0.01 and gap.ours != gap.reference
+    assert gap.shard == "[4] rows 0:4 whole on every rank"
+
+
+def test_shard_that_forgets_its_blocks_names_its_tensor(compared):
+    # Initial weights and gradients are those of other rows: two ranks are then another model.
+    result = compared("compare", {"tp": 2}, attention="CutAsOneBlock")
+    assert not result.ok and result.first.name.endswith("attention.qkv.weight")
+    assert result.first.kind == "grad" and "cut over (tp, -)" in result.first.shard
+
+
+def test_shard_cut_along_another_dimension_fails(compared):
+    with pytest.raises(AssertionError, match="shape"):
+        compared("compare", {"tp": 2}, attention="CutTheOtherWay")
+
+
+@pytest.mark.parametrize(
+    "job, layout",
+    [
+        ("without_partial_sums", {"tp": 2}),
+        ("without_data_sums", {"dp": 2, "zero": 0}),
+    ],
+)
+def test_sum_left_out_is_found_in_the_first_gradients(compared, job, layout):
+    result = compared(job, layout)
+    assert not result.ok and (result.first.kind, result.first.step) == ("grad", 0)
+    assert result.first.error > 0.01
+
+
+# -- the draw ----------------------------------------------------------------------------------
+
+
+def test_draw_follows_from_the_seed_and_every_row_is_legal():
+    space = Space(Config(), max_ranks=8)
+    rows, coverage = draw_rows(space, 20, seed=3)
+    again, _ = draw_rows(Space(Config(), max_ranks=8), 20, seed=3)
+    other, _ = draw_rows(space, 20, seed=4)
+    assert [r.row for r in rows] == [r.row for r in again] != [r.row for r in other]
+    for drawn in rows:
+        drawn.config.check(drawn.world)
+        assert drawn.world <= 8
+    seen = {pair for drawn in rows for pair in pairs_of(drawn.row)}
+    assert seen & coverage.legal.keys() == coverage.covered
+    assert not seen & coverage.refused.keys()
+
+
+def test_enough_rows_cover_every_legal_pair():
+    space = Space(Config(), max_ranks=8)
+    rows, coverage = draw_rows(space, 80, seed=1)
+    assert coverage.covered == coverage.legal.keys()
+    pairs = sum(
+        len(xs) * len(ys)
+        for a, xs in enumerate(FACTORS.values())
+        for ys in list(FACTORS.values())[a + 1 :]
+    )
+    assert len(coverage.legal) + len(coverage.refused) == pairs
+
+
+def test_settings_that_are_given_stay():
+    base = Config(
+        model=ModelConfig(num_kv_heads=2, activation="swiglu"), layout=LayoutConfig(tp=2, pp=2)
+    )
+    rows, _ = draw_rows(Space(base, max_ranks=8), 10, seed=1)
+    for drawn in rows:
+        model, layout = drawn.config.model, drawn.config.layout
+        assert (layout.tp, layout.pp, model.kv_heads, model.activation) == (2, 2, 2, "swiglu")
+    assert len({drawn.config.layout.schedule for drawn in rows}) > 2
+
+
+# -- the small model ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "model, layout, small",
+    [  # (heads, kv heads, layers, seq_len) of the small model
+        ({}, {}, (2, 2, 2, 8)),
+        ({"num_heads": 32, "num_kv_heads": 8, "hidden_size": 256}, {"tp": 4}, (16, 8, 2, 16)),
+        ({"num_heads": 32, "num_kv_heads": 2, "hidden_size": 256}, {"tp": 4}, (8, 2, 2, 16)),
+        ({"num_layers": 32}, {"pp": 4}, (2, 2, 4, 8)),
+        ({"num_layers": 30}, {"pp": 4}, (2, 2, 5, 8)),
+        ({"num_layers": 12}, {"pp": 2, "pp_layers": (7, 5)}, (2, 2, 4, 8)),
+    ],
+)
+def test_small_model_is_as_large_as_the_layout_needs(model, layout, small):
+    config = Config(model=ModelConfig(**model), layout=LayoutConfig(**layout))
+    made = small_model(config)
+    assert (made.num_heads, made.kv_heads, made.num_layers, made.seq_len) == small
+    assert made.vocab_size == 61
+    same = ("norm", "activation", "position", "tie_embeddings", "bias", "qk_norm", "dropout")
+    assert all(getattr(made, name) == getattr(config.model, name) for name in same)
+
+
+def test_small_layout_keeps_unevenness_and_the_kind_of_batch():
+    train = TrainConfig(micro_batch_size=8, global_batch_size=8 * 3 * 2)
+    layout = LayoutConfig(pp=2, dp=2, pp_layers=(9, 3))
+    config = Config(model=ModelConfig(num_layers=12), layout=layout, train=train)
+    row = given_row(config, most=16)
+    assert isinstance(row, Row) and row.world == 4 and row.name == "pp2 dp2 zero1 uneven"
+    assert row.config.layout.pp_layers == (3, 1)
+    assert (row.config.train.micro_batch_size, row.config.num_microbatches(4)) == (2, 3)
+    with pytest.raises(UserError, match="sums to 12, the model has 11 layers"):
+        given_row(replace(config, model=replace(config.model, num_layers=11)), most=16)

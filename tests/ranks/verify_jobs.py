@@ -1,0 +1,84 @@
+"""Ranks with one fault each, which `compare` must find: a wrong Shard, a collective left out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from megalite.core import comm
+from megalite.core.mesh import Axis
+from megalite.core.params import give_traits, traits_of
+from megalite.core.shard import Block
+from megalite.layers.attention import Attention
+from megalite.parallel import zero
+from megalite.train import verify
+
+
+def with_blocks(param: nn.Parameter, *blocks: Block) -> None:
+    """Give a parameter a Shard that says another cut than the one its layer computes with."""
+    traits = traits_of(param)
+    give_traits(param, replace(traits, shard=replace(traits.shard, blocks=blocks)))
+
+
+class NoGradSum(Attention):
+    """The q norm's gradient is said to be whole on every rank, and is partial over tp."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        (block,) = traits_of(self.q_norm.weight).shard.blocks
+        with_blocks(self.q_norm.weight, replace(block, grad_sum=()))
+
+
+class CutAsOneBlock(Attention):
+    """q, k and v are said to be one block: each rank's rows are then other rows of the whole."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        rows = traits_of(self.qkv.weight).shard.shape[0]
+        with_blocks(self.qkv.weight, Block(rows, ("tp", None)))
+
+
+class CutTheOtherWay(Attention):
+    """The output weight is said to be cut by rows, so that its local shape is another."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        with_blocks(self.out.weight, Block(traits_of(self.out.weight).shard.shape[0], ("tp", None)))
+
+
+ATTENTIONS = {a.__name__: a for a in (Attention, NoGradSum, CutAsOneBlock, CutTheOtherWay)}
+
+
+def compare(rank: int, world: int, attention: str, **kwargs: Any) -> dict:
+    """The library's comparison with one of these attentions."""
+    return verify.compare(rank, world, attention=ATTENTIONS[attention], **kwargs)
+
+
+def without_partial_sums(rank: int, world: int, **kwargs: Any) -> dict:
+    """The sum of gradients that are partial over tp is left out of every bucket."""
+
+    class NoSum:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(comm, name)
+
+        def all_reduce(self, x: Tensor, axis: Axis) -> Tensor:
+            return x
+
+    zero.comm = NoSum()
+    return verify.compare(rank, world, **kwargs)
+
+
+def without_data_sums(rank: int, world: int, **kwargs: Any) -> dict:
+    """Each data parallel rank keeps the gradients of its own samples."""
+
+    class NoSum:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(comm, name)
+
+        def all_reduce_start(self, x: Tensor, axis: Axis) -> comm.Pending:
+            return comm.Pending(None, None, lambda: x)
+
+    zero.comm = NoSum()
+    return verify.compare(rank, world, **kwargs)
