@@ -46,6 +46,9 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "vpp": (1, 2, 3),
     "schedule": tuple(sorted(SCHEDULES, key=lambda name: name != "1f1b")),
     "uneven": (False, True),
+    "cp": (1, 2, 3),
+    "cp_form": ("ring", "gather", "ulysses"),
+    "recompute": ("none", "full"),
     "dp": (1, 2, 3, 4),
     "zero": (0, 1, 2, 3),
     "bucket_mb": (None, 0.01),
@@ -131,7 +134,8 @@ class Space:
 
     def draw(self, row: Row) -> Drawn:
         """The config of a row, legal or not."""
-        return Drawn(dict(row), config_of(row, self.base), row["tp"] * row["pp"] * row["dp"])
+        world = row["tp"] * row["pp"] * row["cp"] * row["dp"]
+        return Drawn(dict(row), config_of(row, self.base), world)
 
     def why_not(self, row: Row) -> str:
         """The rule that refuses a row; empty for a legal one."""
@@ -260,6 +264,8 @@ def config_of(row: Row, base: Config) -> Config:
     stages = row["pp"] * row["vpp"]
     layers = tuple(1 + (stage == stages // 2) for stage in range(stages))
     given = base.layout.pp_layers
+    # Cut in quarters by lengths that vary, and those over tp and, in two blocks a rank, over cp.
+    least = 4 * row["tp"] * row["cp"] * (2 if row["cp"] > 1 else 1)
     model = replace(
         base.model,
         **FORMS[row["form"]],
@@ -269,8 +275,7 @@ def config_of(row: Row, base: Config) -> Config:
         ffn_hidden_size=8 * HEADS,
         num_layers=sum(given) if given else sum(layers) if row["uneven"] else max(2, stages),
         vocab_size=min(61, base.model.vocab_size),
-        # Cut in quarters by lengths that vary, and each of those over tp.
-        seq_len=4 * row["tp"] * -(-8 // (4 * row["tp"])),
+        seq_len=least * -(-8 // least),
         init_std=0.1,
     )
     layout: LayoutConfig = replace(base.layout, **_fields_in(row, base.layout))
@@ -300,7 +305,6 @@ def name_of(settings: Mapping[str, Any]) -> str:
             words.append(value.rpartition("/")[2] if is_file(value) else str(value))
         else:
             short = {"micro-batch-size": "micro", "num-kv-heads": "kv", "microbatches": "n"}
-            words.append(
-                f"{short.get(word, word)}{'' if word in ('tp', 'pp', 'dp', 'zero') else ' '}{value}"
-            )
+            space = "" if word in ("tp", "pp", "cp", "dp", "zero") else " "
+            words.append(f"{short.get(word, word)}{space}{value}")
     return " ".join(words) or "one process"
