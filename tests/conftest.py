@@ -10,6 +10,17 @@ import pytest
 from tests.ranks.client import Ranks
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--every-row`: the whole oracle."""
+    parser.addoption("--every-row", action="store_true", help="run every row of the oracle")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """Say which form of the oracle this is."""
+    every = config.getoption("every_row")
+    return "oracle: every row" if every else "oracle: everyday rows (--every-row runs all of them)"
+
+
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
     """The warm process; it starts with the first test that needs ranks."""

@@ -262,7 +262,38 @@ def reference(run_ranks, tmp_path_factory):
     return file_of
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+EXTRA = {
+    "tp4 no-sp", "tp6", "pp2 interleaved uneven", "pp4 gpipe fewer microbatches",
+    "dp3 zero2 small buckets", "pp2 dp2 zero2", "zero2 pp2 dp2 interleaved",
+    "zero2 llama kv1 tp2 dp2", "dp3 zero3", "pp2 dp2 zero3", "zero3 tp2 dp2 no-sp",
+    "zero3 pp2 dp2 interleaved", "zero3 everything kv2 tp4 dp2", "zero3 dropout pp2 dp2",
+    "recompute tp2 no-sp", "recompute zb-h1 pp2 dp2 zero3", "dp2 zero1 one microbatch",
+    "tp2 dp2 zero1 no-sp", "pp2 dp2 zero0 interleaved", "untied tp2 pp2 zero0",
+    "lengths vary tp3 pp2", "llama kv4 tied tp2 pp2", "llama tp4 kv2 no-sp dp2",
+    "everything kv2 tp4 dp2", "gelu-tanh tp2", "dropout pp2 dp2", "float32 pp2 dp2", "zb-h1 pp4",
+    "zb-h2 tp2 pp2", "zb-v pp3 uneven", "cp3 ring", "cp4 ring", "cp4 ulysses kv2",
+    "llama cp2 gather", "llama cp2 ulysses", "llama tp2 cp2 kv1 ulysses no-sp",
+    "llama tp2 cp2 kv2 gather", "tp2 cp2 ulysses", "cp2 dp2 zero0", "cp2 pp2", "window cp3 gather",
+    "window cp2 ulysses", "everything cp2 ring", "everything tp2 cp2 gather", "dropout cp2 gather",
+    "dropout cp2 ring", "dropout tp2 cp2 ulysses", "lengths vary cp2 dp2 ulysses", "tp2 cp2 ring",
+    "cp2 dp2 gather, all of one rank masked", "tp2 cp2 pp2 dp2 untied zb-v",
+}  # fmt: skip
+"""Rows whose features other rows have, in other company: run with --every-row."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every row, or those that `make test` has the time for; test_verify.py draws others."""
+    if "row" in metafunc.fixturenames:
+        every = metafunc.config.getoption("every_row")
+        rows = [row for row in ROWS if every or row.name not in EXTRA]
+        metafunc.parametrize("row", rows, ids=[row.name for row in rows])
+
+
+def test_rows_left_to_the_full_form_exist():
+    names = [row.name for row in ROWS]
+    assert len(set(names)) == len(names) and set(names) >= EXTRA
+
+
 def test_layout_equals_one_process(row: Row, reference, run_ranks):
     row.config.check(row.world)
     results = run_ranks(
