@@ -123,7 +123,7 @@ def load_optimizer(reader: Reader, optimizer: Optimizer) -> None:
     zero = optimizer.zero
     axes = zero.mesh.axes
     for idx, bucket in enumerate(zero.buckets):
-        base, end = zero.updated_range(bucket)
+        base, end = bucket.updated
         for kind, flat in optimizer.numbers(idx).items():
             for part in bucket.layout.boxes((base, end), lambda slot: slot.shard.pieces(axes)):
                 name = f"{kind}/{part.slot.name}"

@@ -94,7 +94,7 @@ def my_boxes(
     views: dict[str, Tensor] = {}
     tensors: dict[str, mf.SavedTensor] = {}
     for idx, bucket in enumerate(zero.buckets):
-        base = zero.updated_range(bucket)[0]
+        base = bucket.updated[0]
         for kind, flat in optimizer.numbers(idx).items():
             for part in bucket.layout.boxes(zero.my_range(bucket), lambda slot: slot.owned):
                 name = f"{kind}/{part.slot.name}"

@@ -105,9 +105,16 @@ class GPT(nn.Module):
                 self.head = new_param(cut, tp.named, init=gaussian(cfg.init_std))
         self.key = rng.key(seed, "dropout", "embedding")
         self.run_unit: RunUnit = plainly
+        self._units: list[Unit] = []
 
     def units(self) -> list[Unit]:
         """The parts of this stage in the order in which a forward runs them."""
+        # Not before the first call: until then a tied table may still be put in place of another.
+        if not self._units:
+            self._units = self._make_units()
+        return self._units
+
+    def _make_units(self) -> list[Unit]:
         units = []
         if self.first:
             entry = [self.embedding.weight]

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from megalite.core.comm import Pending
 from megalite.core.mesh import Axis
 from megalite.core.params import acc_dtype, named_parameters, traits_of
 from megalite.core.shard import (
@@ -174,7 +175,9 @@ class Bucket:
         self.grads = held[lo:hi] if whole_grads else held
         """The reduced gradients of the updated range."""
         self.is_whole = True
-        """Whether `params` has its memory; ZeRO-3 takes it away between uses."""
+        """Whether `params` has every rank's range, or will once `gathering` has ended."""
+        self.gathering: Pending | None = None
+        """The gather of `params` that is under way (gather.py)."""
         self.uses = 0
         for slot, param in zip(layout.slots, params, strict=True):
             param.data = self.params[slot.start : slot.stop].view(slot.shape)

@@ -1,10 +1,12 @@
-"""ZeRO-3: a unit's parameters are whole only while it runs; else each rank keeps its range.
+"""Parameters that other ranks have updated or hold: gathered by when the unit that reads them runs.
 
-Around each unit of a stage: gather before its forward, drop after it; in backward the same, by two
-gates on the tensors that leave and enter it. The unit that comes next is gathered meanwhile. A
-parameter is a view of its bucket's one storage, which is emptied and refilled in place, so whatever
-autograd saved of it is right again when its backward comes. W needs no parameters.
-Rajbhandari et al. 2020 (arXiv 1910.02054), stage 3. Next: zero.py, which decides what is cut.
+ZeRO 1 and 2: every bucket's gather starts after the update and runs beside the next forward, in
+which each unit waits for its own. ZeRO-3: a unit's parameters are whole only while it runs; else
+each rank keeps its range. Around each unit of a stage: gather before its forward, drop after it; in
+backward the same, by two gates on the tensors that leave and enter it. The unit that comes next is
+gathered meanwhile. A parameter is a view of its bucket's one storage, which is emptied and refilled
+in place, so whatever autograd saved of it is right again when its backward comes. W needs no
+parameters. Rajbhandari et al. 2020 (arXiv 1910.02054). Next: zero.py, which decides what is cut.
 """
 
 from __future__ import annotations
@@ -35,10 +37,12 @@ class _Gate(torch.autograd.Function):
 
 
 class Gatherer:
-    """Keeps the parameters of one stage whole while its units need them."""
+    """Has the parameters of one stage whole while its units need them; `drops` them afterwards."""
 
-    def __init__(self, stage: HasUnits, buckets_of: Mapping[int, Bucket], axis: Axis):
-        self.axis = axis
+    def __init__(
+        self, stage: HasUnits, buckets_of: Mapping[int, Bucket], axis: Axis, *, drops: bool
+    ):
+        self.axis, self.drops = axis, drops
         self.buckets = {
             unit.name: list({id(b): b for b in (buckets_of[id(p)] for p in unit.params)}.values())
             for unit in stage.units()
@@ -46,7 +50,6 @@ class Gatherer:
         self.order = list(self.buckets)
         self.entry = 0
         """The first unit whose backward needs parameters: one that takes tokens looks at none."""
-        self._pending: dict[int, comm.Pending] = {}
         self.inner = stage.run_unit
         stage.run_unit = self.run
 
@@ -56,6 +59,8 @@ class Gatherer:
         if x is None:
             self.entry = 1
         self._need(at, ahead=at + 1)
+        if not self.drops:
+            return self.inner(unit, x, call)
         if x is not None and torch.is_grad_enabled():
             x = _Gate.apply(x, lambda: self._drop(at))
         y = self.inner(unit, x, call)
@@ -66,34 +71,36 @@ class Gatherer:
 
     def _need(self, at: int, *, ahead: int) -> None:
         for bucket in self.buckets[self.order[at]]:
-            self._start(bucket)
-            pending = self._pending.pop(id(bucket), None)
-            if pending is not None:
-                pending.wait()
+            start(bucket, self.axis)
+            settle(bucket)
         if 0 <= ahead < len(self.order):
             for bucket in self.buckets[self.order[ahead]]:
-                self._start(bucket)
-
-    def _start(self, bucket: Bucket) -> None:
-        if not bucket.is_whole:
-            fill(bucket)
-            # Through an alias: writing does not count as a change of what autograd has saved.
-            alias = bucket.params.data
-            self._pending[id(bucket)] = comm.all_gather_start(bucket.weights, self.axis, out=alias)
+                start(bucket, self.axis)
 
     def _drop(self, at: int) -> None:
         for bucket in self.buckets[self.order[at]]:
-            pending = self._pending.pop(id(bucket), None)
-            if pending is not None:
-                pending.wait()
+            settle(bucket)
             empty(bucket)
 
 
-def fill(bucket: Bucket) -> None:
-    """Give the storage of `bucket.params` its memory back, uninitialised."""
+def start(bucket: Bucket, axis: Axis) -> None:
+    """Begin to gather a bucket's parameters, unless they are whole or on their way."""
+    if bucket.is_whole:
+        return
     nbytes = bucket.params.numel() * bucket.params.element_size()
-    bucket.params.untyped_storage().resize_(nbytes)
+    storage = bucket.params.untyped_storage()
+    if storage.nbytes() != nbytes:
+        storage.resize_(nbytes)
     bucket.is_whole = True
+    # Through an alias: writing does not count as a change of what autograd has saved.
+    bucket.gathering = comm.all_gather_start(bucket.weights, axis, out=bucket.params.data)
+
+
+def settle(bucket: Bucket) -> None:
+    """Wait for the gather under way, if there is one."""
+    if bucket.gathering is not None:
+        bucket.gathering.wait()
+        bucket.gathering = None
 
 
 def empty(bucket: Bucket) -> None:
@@ -107,8 +114,9 @@ def whole(buckets: list[Bucket], axis: Axis) -> Iterator[None]:
     """All parameters there for the body, which may overwrite them; then cut again as they were."""
     cut = [b for b in buckets if not b.is_whole]
     for bucket in cut:
-        fill(bucket)
-        comm.all_gather_start(bucket.weights, axis, out=bucket.params.data).wait()
+        start(bucket, axis)
+    for bucket in buckets:
+        settle(bucket)
     yield
     for bucket in cut:
         keep_range(bucket)

@@ -1,10 +1,10 @@
 """ZeRO as one policy over flat buckets: which of optimizer state, gradients, parameters is cut.
 
-Stage 0 shards nothing, 1 the optimizer state, 2 the gradients as well, 3 the parameters too
-(gather.py). Rajbhandari et al. 2020 (arXiv 1910.02054). A bucket's reduction starts when the last
-contribution to it has landed: once a step, or from stage 2 on once a microbatch, so that a whole
-gradient exists only while it is being made and reduced. It runs beside what is left of the
-backward; `reduce` (the schedule's R) starts the rest, `finish` waits.
+Stage 0 shards nothing, 1 the optimizer state, 2 the gradients as well, 3 the parameters too;
+gather.py brings parameters together. Rajbhandari et al. 2020 (arXiv 1910.02054). A bucket's
+reduction starts when the last contribution to it has landed: once a step, or from stage 2 on once a
+microbatch, so that a whole gradient exists only while it is being made and reduced. It runs beside
+what is left of the backward; `reduce` (the schedule's R) starts the rest, `finish` waits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megalite.core.mesh import Mesh
 from megalite.core.params import listen
 from megalite.core.unit import HasUnits
 from megalite.parallel.buckets import Bucket, Span, plan
-from megalite.parallel.gather import Gatherer, keep_range, whole
+from megalite.parallel.gather import Gatherer, keep_range, settle, start, whole
 
 STEP = -1
 """The group of contributions that are reduced once a step; others are numbers of microbatches."""
@@ -66,10 +66,10 @@ class Zero:
                 updated=updated,
             )
             self.buckets.append(bucket)
-        if stage >= 3:
+        if stage >= 1:
             bucket_of = {param: self.buckets[number] for param, (number, _) in self._of.items()}
             for module in stages.values():
-                Gatherer(cast(HasUnits, module), bucket_of, self.axis)
+                Gatherer(cast(HasUnits, module), bucket_of, self.axis, drops=stage >= 3)
         self._partials = [b.layout.partial_spans(mesh.axes) for b in self.buckets]
         self._spare: dict[int, list[Tensor]] = {}
         self._lanes: Counter[int] = Counter()
@@ -119,14 +119,6 @@ class Zero:
         """The range this rank looks after: counts in the norm and saves."""
         return bucket.layout.range_of(self.axis.idx)
 
-    def updated_range(self, bucket: Bucket) -> Span:
-        """The range this rank updates: its own, or all where the optimizer state is replicated."""
-        return bucket.updated
-
-    def grads_of(self, bucket: Bucket) -> Tensor:
-        """The reduced gradients of the updated range, flat; valid after `finish`."""
-        return bucket.grads
-
     def all_landed(self, num_microbatches: int) -> bool:
         """Whether every use of every parameter has landed once a microbatch, and nothing else."""
         groups = range(num_microbatches) if self.stage >= 2 else (STEP,)
@@ -144,17 +136,21 @@ class Zero:
         return whole(self.buckets, self.axis)
 
     def gather_params(self) -> None:
-        """After an update: give every rank the ranges that the others updated, if it keeps them."""
+        """After an update: begin to give every rank that keeps them the ranges others updated.
+
+        A unit waits for its own when it runs next; who reads parameters else takes `whole_params`.
+        """
         if self.stage in (0, 3):
             return
-        pending = []
+        for bucket in reversed(self.buckets):  # the next forward needs the last ones first
+            settle(bucket)
+            bucket.is_whole = False
+            start(bucket, self.axis)
+
+    def settle(self) -> None:
+        """Wait for the gathers that are under way: nothing is left to be sent."""
         for bucket in self.buckets:
-            lo, hi = self.my_range(bucket)
-            pending.append(
-                comm.all_gather_start(bucket.params[lo:hi], self.axis, out=bucket.params)
-            )
-        for gathering in pending:
-            gathering.wait()
+            settle(bucket)
 
     def _home(self, param: nn.Parameter) -> Tensor:
         """Where a contribution of the current microbatch to this parameter is to be added."""

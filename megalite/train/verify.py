@@ -262,12 +262,11 @@ def _compare_grads(
 ) -> int:
     zero, owned, axes = engine.zero, 0, engine.mesh.axes
     for bucket in zero.buckets:
-        base, _ = within = zero.updated_range(bucket)
-        flat = zero.grads_of(bucket)
-        for box in bucket.layout.boxes(within, lambda slot: slot.shard.pieces(axes)):
+        base = bucket.updated[0]
+        for box in bucket.layout.boxes(bucket.updated, lambda slot: slot.shard.pieces(axes)):
             slot = box.slot
             whole = want[f"{step}/grad/{slot.name}"]
-            ours = (box.of(flat, base).double() * correction).numpy()
+            ours = (box.of(bucket.grads, base).double() * correction).numpy()
             floor = max(float(np.abs(whole).max()), 1e-3 * _layer_rms(slot.name, step, want))
             part = Part(slot.name, box.whole, in_words(slot.shard))
             findings.see_tensor("grad", step, part, ours=ours, whole=whole, floor=floor)

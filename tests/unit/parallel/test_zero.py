@@ -7,20 +7,29 @@ from torch import nn
 from megalite.core.mesh import Mesh
 from megalite.core.params import constant, initialize, new_param
 from megalite.core.shard import whole
+from megalite.core.unit import Unit, plainly
 from megalite.parallel.zero import Zero
 
 ALL_IN_ONE = 1e9
 
 
 def zero_of(*names, stage=1, mesh=None, bucket_bytes=ALL_IN_ONE):
-    mesh, module = mesh or Mesh({}), nn.Module()
-    for name in names:
-        setattr(module, name, new_param(whole(64), mesh.axes, init=constant(1.0)))
+    mesh = mesh or Mesh({})
+    module = Stage({name: new_param(whole(64), mesh.axes, init=constant(1.0)) for name in names})
     zero = Zero(
         {0: module}, mesh, stage=stage, bucket_bytes=bucket_bytes, device=torch.device("cpu")
     )
     initialize(module, 1)
     return module, zero
+
+
+class Stage(nn.ParameterDict):
+    """A unit of each parameter, which multiplies by it."""
+
+    run_unit = staticmethod(plainly)
+
+    def units(self):
+        return [Unit(name, lambda x, call, w=w: w * x, (w,)) for name, w in self.items()]
 
 
 def reductions(zero):
@@ -81,8 +90,8 @@ def test_ranks_update_their_range_in_stage_1_and_everything_in_stage_0():
     for stage, updated in ((0, (0, 256)), (1, (128, 192))):
         _, zero = zero_of("a", "b", "c", stage=stage, mesh=mesh)
         (bucket,) = zero.buckets
-        assert zero.my_range(bucket) == (128, 192) and zero.updated_range(bucket) == updated
-        assert zero.grads_of(bucket).numel() == updated[1] - updated[0]
+        assert zero.my_range(bucket) == (128, 192) and bucket.updated == updated
+        assert bucket.grads.numel() == updated[1] - updated[0]
 
 
 def test_stage_2_holds_whole_gradients_of_two_microbatches_at_most():
@@ -114,3 +123,28 @@ def test_stage_2_on_one_rank_sums_what_stage_0_sums():
         zero.finish()
         found.append(zero.buckets[0].grads.clone())
     assert torch.equal(*found)
+
+
+def under_way(zero):
+    return [b.layout.slots[0].name for b in zero.buckets if b.gathering is not None]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_gather_after_an_update_ends_where_its_unit_runs(stage):
+    mesh = Mesh({"dp": 2}, kind="fake")
+    module, zero = zero_of("a", "b", "c", stage=stage, mesh=mesh, bucket_bytes=1)
+    assert under_way(zero) == []
+    zero.gather_params()
+    assert reductions(zero) == ["all_gather"] * 3 and under_way(zero) == ["c", "b", "a"]
+    x = torch.ones(64)
+    for unit, left in zip(module.units(), (["c", "b"], ["c"], []), strict=True):
+        module.run_unit(unit, x, None)
+        assert under_way(zero) == left
+    assert reductions(zero) == ["all_gather"] * 3
+
+
+def test_whole_params_waits_for_the_gathers_after_an_update():
+    _, zero = zero_of("a", "b", mesh=Mesh({"dp": 2}, kind="fake"))
+    zero.gather_params()
+    with zero.whole_params():
+        assert under_way(zero) == []
