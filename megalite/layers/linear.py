@@ -1,10 +1,10 @@
 """Column- and row-split linears: an autograd function each, Megatron's f and g inside.
 
 With sequence parallelism (`call.seq_cut`) a column linear gathers its input along s and a row
-linear reduce-scatters its output; without it they all-reduce. In backward the collective of the
-input gradient runs while the weight gradient is computed, or the weight gradient is left in
-`call.later` for W. Shoeybi et al. 2019 (arXiv 1909.08053); Korthikanti et al. 2022 (arXiv
-2205.05198).
+linear reduce-scatters its output; without it they all-reduce. What is gathered to be multiplied
+comes while this rank's own rows are. In backward the collective of the input gradient runs while
+the weight gradient is computed, or the weight gradient is left in `call.later` for W. Shoeybi et
+al. 2019 (arXiv 1909.08053); Korthikanti et al. 2022 (arXiv 2205.05198).
 """
 
 from __future__ import annotations
@@ -32,6 +32,31 @@ from megalite.core.params import (
 
 def _rows(x: Tensor) -> Tensor:
     return x.flatten(0, -2)
+
+
+def _gathered_product(
+    x: Tensor, matrix: Tensor, seq_cut: Axis, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`x` [s/tp, b, i] gathered along s, and that times `matrix` [i, o]: [s, b, i], [s, b, o].
+
+    My own rows are multiplied while the others are on their way.
+    """
+    coming = comm.all_gather_start(x, seq_cut)
+    product = x.new_empty((seq_cut.size * x.shape[0], *x.shape[1:-1], matrix.shape[1]))
+    start, stop = seq_cut.idx * x.shape[0], (seq_cut.idx + 1) * x.shape[0]
+
+    def multiply(rows: Tensor, out: Tensor) -> None:
+        if bias is None:
+            torch.mm(_rows(rows), matrix, out=_rows(out))
+        else:
+            torch.addmm(bias, _rows(rows), matrix, out=_rows(out))
+
+    multiply(x, product[start:stop])
+    full = coming.wait()
+    for others in (slice(0, start), slice(stop, full.shape[0])):
+        if others.start < others.stop:
+            multiply(full[others], product[others])
+    return full, product
 
 
 def _weight_grad(weight: nn.Parameter, dy: Tensor, x: Tensor, later: list | None) -> None:
@@ -63,8 +88,9 @@ class _Column(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.params, ctx.tp, ctx.seq_cut, ctx.later = params, tp, seq_cut, later
         weight, bias = params
-        full = comm.all_gather(x, seq_cut) if seq_cut else x  # [s/tp, b, i] -> [s, b, i]
-        return F.linear(full, weight, bias)  # [s, b, o/tp]
+        if seq_cut is None:
+            return F.linear(x, weight, bias)  # [s, b, o/tp]
+        return _gathered_product(x, weight.t(), seq_cut, bias)[1]  # from [s/tp, b, i]
 
     @staticmethod
     def backward(ctx, dy):
@@ -94,8 +120,8 @@ class _Row(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         weight, bias = ctx.params
         _bias_grad(bias, dy)
-        full = comm.all_gather(dy, ctx.seq_cut) if ctx.seq_cut else dy.contiguous()
-        dx = full @ weight
+        dy = dy.contiguous()
+        full, dx = _gathered_product(dy, weight, ctx.seq_cut) if ctx.seq_cut else (dy, dy @ weight)
         _weight_grad(weight, full, x, ctx.later)
         return dx, None, None, None, None
 
