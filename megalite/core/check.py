@@ -13,6 +13,7 @@ import difflib
 import functools
 import math
 import os
+import re
 import types
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -350,7 +351,19 @@ def check_train(config: Config) -> None:
         raise UserError(
             f"--world {train.world}: only --dry-run uses it (torchrun says how many ranks run)"
         )
+    _check_traced(train.trace_steps, train.train_steps)
     check_precision(train.precision, train.device)
+
+
+def _check_traced(text: str, train_steps: int) -> None:
+    found = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text, re.ASCII)
+    if text and found is None:
+        raise UserError(f"--trace-steps {text}: expected FIRST:LAST as 3:5")
+    if found and not 1 <= int(found[1]) <= int(found[2]) <= train_steps:
+        raise UserError(
+            f"--trace-steps {text}: the steps of this run are 1 to {train_steps}, the first named "
+            "first"
+        )
 
 
 def check_precision(precision: str, device: str) -> None:

@@ -10,6 +10,7 @@ functions are autograd pairs. What it is not: point-to-point transfers between p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -35,19 +36,29 @@ class Pending:
     ):
         self._works, self._entry, self._finish = works, entry, finish
         self._result: Tensor | None = None
+        if entry is not None and entry.at_once:
+            self.wait()
 
     def wait(self) -> Tensor:
         if self._result is None:
             for work in self._works:
                 wait_for(work)
             if self._entry is not None:
-                self._entry.completed = True
+                self._entry.end()
             self._result = self._finish()
             self._works = ()
         return self._result
 
 
-def wait_for(work: dist.Work) -> None:
+class Work(Protocol):
+    """A transfer under way: torch's, or one of ours."""
+
+    def wait(self) -> object: ...
+
+    def is_completed(self) -> bool: ...
+
+
+def wait_for(work: Work) -> None:
     """Wait for a transfer; raises PeerFailed where the other side has gone, or does not come."""
     try:
         work.wait()
@@ -62,7 +73,8 @@ def _done(x: Tensor) -> Pending:
 def _log(op: str, wire: str, axis: Axis, whole: Tensor) -> Collective:
     nbytes = whole.numel() * whole.element_size()
     entry = axis.log.issue(op, wire, axis.name, axis.size, nbytes)
-    entry.completed = axis.is_fake
+    if axis.is_fake:
+        entry.end()
     return entry
 
 
@@ -148,8 +160,8 @@ def broadcast(x: Tensor, axis: Axis, src: int = 0) -> Tensor:
     if axis.size > 1:
         entry = _log("broadcast", "broadcast", axis, x)
         if not axis.is_fake:
-            wait_for(dist.broadcast(x, axis.ranks[src], group=axis.group, async_op=True))
-        entry.completed = True
+            work = dist.broadcast(x, axis.ranks[src], group=axis.group, async_op=True)
+            Pending([work], entry, lambda: x).wait()
     return x
 
 

@@ -189,6 +189,8 @@ class TrainConfig:
     """Held-out samples of a periodic evaluation; the last one uses all of them."""
     save_interval: int = 100
     """Steps between checkpoints, besides the last step (0: only the last)."""
+    trace_steps: str = ""
+    """Steps that RUN/trace.json shows, rank by rank, as FIRST:LAST, both of them (empty: none)."""
     sample_prompt: str = "def "
     """What the printed samples go on from."""
     ops_backend: Literal["auto", "fused", "torch", "apex"] = "auto"
@@ -197,6 +199,12 @@ class TrainConfig:
     """Check everything, print layout and memory, start nothing."""
     world: int | None = None
     """Ranks to assume in a dry run (None: as many as were started)."""
+
+    @property
+    def traced(self) -> range:
+        """The steps of trace_steps, which `check` accepted."""
+        first, _, last = self.trace_steps.partition(":")
+        return range(int(first), int(last) + 1) if first else range(0)
 
 
 @dataclass(frozen=True, kw_only=True)

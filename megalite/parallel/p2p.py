@@ -8,23 +8,50 @@ pipeline.py, which uses it.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megalite.core.comm import wait_for
-from megalite.core.log import Collective
+from megalite.core.comm import Work, wait_for
+from megalite.core.log import Collective, sleep_until
 from megalite.core.mesh import Mesh
 from megalite.schedule.action import Message, Schedule, edge_order
 
 AHEAD = 2
 """Receives posted beyond the one that is waited for, so that data lands while a stage computes."""
 
-_Posted = tuple[Message, Tensor, "dist.Work | None", Collective]
-_Sending = tuple["dist.Work | None", Callable[[], None], Collective]
+_Posted = tuple[Message, Tensor, Work | None, Collective]
+_Sending = tuple[Work | None, Callable[[], None], Collective]
+
+
+class Late:
+    """A send that is held: it leaves at its time, by a thread that sleeps till then."""
+
+    def __init__(self, send: Callable[[], Work | None], entry: Collective, after: Late | None):
+        self._send, self._entry, self._after = send, entry, after
+        self._work: Work | None = None
+        self._thread = threading.Thread(target=self._leave, daemon=True)
+        self._thread.start()
+
+    def _leave(self) -> None:
+        sleep_until(self._entry.held_until)
+        if self._after is not None:  # one after the other, as on any edge
+            self._after._thread.join()
+            self._after = None
+        self._work = self._send()
+
+    def wait(self) -> None:
+        self._thread.join()
+        assert self._work is not None, "the thread of a held send has failed"
+        self._work.wait()
+
+    def is_completed(self) -> bool:
+        return self._work is not None and self._work.is_completed()
 
 
 class Pipes:
@@ -45,6 +72,7 @@ class Pipes:
         """Start a step: `empty` makes the buffer that a message is received into."""
         self._empty = empty
         self._sending: list[_Sending] = []
+        self._late: dict[int, Late] = {}
         incoming = {e: m for e, m in edge_order(schedule).items() if e[1] == self.me}
         self._coming = {src: deque(messages) for (src, _), messages in incoming.items()}
         self._posted: dict[int, deque[_Posted]] = {src: deque() for src in self._coming}
@@ -58,7 +86,7 @@ class Pipes:
             arrived, buffer, work, entry = self._posted[src].popleft()
             if work is not None:
                 wait_for(work)
-            entry.completed = True
+            entry.end()
             self._landed[arrived] = buffer
             self._post(src)
         return self._landed.pop(message)
@@ -67,12 +95,21 @@ class Pipes:
         """Start to send `tensor`; `sent` is called once its storage is no longer needed."""
         tensor = tensor.contiguous()
         entry = self._log("send", dst, tensor)
-        work = None
+        work: Work | None = None
         if self.mesh.kind == "real":
-            to = self.mesh.pipeline_rank(dst)
-            work = dist.isend(tensor, to, group=self._groups[self.me, dst])
+            work = self._start(dst, tensor, entry)
         self._sending.append((work, sent, entry))
         self._reap()
+
+    def _start(self, dst: int, tensor: Tensor, entry: Collective) -> Work | None:
+        to, group = self.mesh.pipeline_rank(dst), self._groups[self.me, dst]
+        if entry.held_until and not entry.at_once:
+            send = partial(dist.isend, tensor, to, group=group)
+            self._late[dst] = Late(send, entry, self._late.get(dst))
+            return self._late[dst]
+        # Not until it has arrived: two ranks that both sent first would wait for ever.
+        sleep_until(entry.held_until)
+        return dist.isend(tensor, to, group=group)
 
     def end(self) -> None:
         """Wait until everything that was sent has left."""
@@ -96,7 +133,7 @@ class Pipes:
             if work is not None and wait:
                 wait_for(work)
             if work is None or wait or work.is_completed():
-                entry.completed = True
+                entry.end()
                 sent()
             else:
                 waiting.append((work, sent, entry))

@@ -8,7 +8,7 @@ schedule/action.py for what an action is, buckets.py for what R reduces.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -57,11 +57,12 @@ class Pipeline:
         self.schedule = schedule_for(1)
         self.last = self.schedule.num_stages - 1
         self.pipes = Pipes(mesh, self.schedule)
-        self._run = {
+        self._run: dict[Op, Callable[[Action, Any], None]] = {
             Op.F: self._forward,
             Op.B: self._backward,
             Op.I: self._backward,
             Op.W: self._weights,
+            Op.R: self._reduce,
         }
 
     @property
@@ -96,21 +97,22 @@ class Pipeline:
         self.at_hand: dict[Message, Tensor] = {}
         self.results: dict[int, Tensor] = {}
         self.pipes.begin(schedule, self._buffer)
+        log = self.mesh.log
         for action in schedule.actions[self.mesh.coords["pp"]]:
-            if action.op is Op.R:
-                self.reduce(action.stage)
-            else:
-                self._run[action.op](action)
+            log.doing("wait", action)
+            given = self._take(action)
+            log.doing("act", action)
+            self._run[action.op](action, given)
+        log.doing("send the rest")
         self.pipes.end()
         assert not self.kept and not self.at_hand and not any(self.later.values())
         return [self.results[m] for m in sorted(self.results)]
 
-    def _forward(self, action: Action) -> None:
+    def _forward(self, action: Action, x: Tensor | None) -> None:
         _, stage, microbatch = action
         call = self.calls[microbatch]
         if self.split:
             call = call.deferring(self.later.setdefault((stage, microbatch), []))
-        x = self._take(action) if stage else None
         grad = torch.is_grad_enabled()
         if x is not None and grad:
             x.requires_grad_()
@@ -122,27 +124,31 @@ class Pipeline:
         else:
             self._pass_on(action, y)
 
-    def _backward(self, action: Action) -> None:
+    def _backward(self, action: Action, dy: Tensor | None) -> None:
         _, stage, microbatch = action
         x, y = self.kept.pop((stage, microbatch))
         self.enter(microbatch)
-        torch.autograd.backward(y, self.seed if stage == self.last else self._take(action))
+        torch.autograd.backward(y, self.seed if stage == self.last else dy)
         if x is not None:
             assert x.grad is not None
             self._pass_on(action, x.grad)
 
     @torch.no_grad()
-    def _weights(self, action: Action) -> None:
+    def _weights(self, action: Action, nothing: None) -> None:
         self.enter(action.microbatch)
         for job in self.later.pop((action.stage, action.microbatch)):
             job()
 
-    def _take(self, action: Action) -> Tensor:
+    def _reduce(self, action: Action, nothing: None) -> None:
+        self.reduce(action.stage)
+
+    def _take(self, action: Action) -> Tensor | None:
+        """What the stages beside this one have made for `action`; None at the ends, and for W."""
         coming = received(action, self.schedule)
-        if coming is None:
-            kind = "act" if action.op is Op.F else "grad"
-            return self.at_hand.pop(Message(kind, action.stage, action.microbatch))
-        return self.pipes.take(*coming)
+        if coming is not None:
+            return self.pipes.take(*coming)
+        kind = "act" if action.op is Op.F else "grad"
+        return self.at_hand.pop(Message(kind, action.stage, action.microbatch), None)
 
     def _pass_on(self, action: Action, tensor: Tensor) -> None:
         going = sent(action, self.schedule)

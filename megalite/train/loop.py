@@ -42,9 +42,13 @@ def forward_backward(engine: Engine, calls: Sequence[Call], *, stop: bool = Fals
     train, model = engine.config.train, engine.config.model
     expected = train.global_batch_size * model.seq_len
     seed = torch.tensor(1.0 / expected, dtype=_wide(engine.dtype), device=engine.device)
+    log = engine.mesh.log
+    log.doing("clear gradients")
     engine.zero.begin(len(calls))
     loss = engine.pipeline.run(calls, seed=seed)
+    log.doing("finish reductions")
     engine.zero.finish()
+    log.doing("gradient norm")
     counted = loss.new_zeros((), dtype=torch.float64)
     if engine.counts_loss:
         counted = torch.stack([(c.labels >= 0).sum() for c in calls if c.labels is not None]).sum()
@@ -69,6 +73,7 @@ def update(engine: Engine, found: Reduced, *, lr: float) -> None:
     scale = found.correction
     if clip > 0:
         scale = scale * (clip / (found.norm + CLIP_EPS)).clamp(max=1.0)
+    engine.mesh.log.doing("optimizer")
     engine.optimizer.step(lr=lr, scale=scale)
 
 

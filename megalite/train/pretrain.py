@@ -41,6 +41,7 @@ from megalite.train.failure import Stop, Stopped, failures_told, forget_cause
 from megalite.train.loop import Reduced, train_step
 from megalite.train.metrics import Metrics, peak_memory_gb
 from megalite.train.pictures import draw_loss, draw_schedule, timeline
+from megalite.train.trace import Trace
 
 SAMPLE_TOKENS = 40
 
@@ -78,6 +79,7 @@ class Run:
         check_space(self.out, self.engine.optimizer, self.mesh)
         self.step, self.samples, self.tokens = self._start_point()
         self.last_eval: tuple[float, float | None] | None = None
+        self.trace = Trace(self.out, self.mesh, config.train.traced)
 
     def train(self) -> None:
         """Take the steps that are left, then say how it went."""
@@ -96,11 +98,17 @@ class Run:
             metrics.board.add_scalar("perf/bubble", share, self.step)
         if self.step:
             self._say(f"resumed at step {self.step} from {self.out}/checkpoints")
+            if 0 < train.traced.stop <= self.step + 1:
+                self._say(f"megalite: warning: --trace-steps {train.trace_steps}: taken before")
         progress = console.Progress(config, self.world.size, self.step)
         began = time.monotonic()
         saved = self.step
         while self.step < train.train_steps:
+            self.trace.enter(self.step + 1)
             found, lr = self._one_step()
+            self.trace.leave(self.step)
+            if self.step == train.traced.stop - 1:
+                self._write_trace()
             if self.step % train.log_interval == 0 or self.step in (1, train.train_steps):
                 line = progress.line(
                     self.step, loss=found.loss.item(), norm=found.norm.item(), lr=lr
@@ -113,6 +121,7 @@ class Run:
                 self._save()
                 saved = self.step
             if asked and self.step < train.train_steps:
+                self._write_trace()
                 self._say_stopped(saved)
                 raise Stopped(self.stop.signal_number)
         self._finish(time.monotonic() - began)
@@ -128,6 +137,7 @@ class Run:
     def _one_step(self) -> tuple[Reduced, float]:
         config, train = self.config, self.config.train
         began = time.monotonic()
+        self.mesh.log.doing("data")
         per_step = train.global_batch_size * config.model.seq_len
         done = float(self.step + 1)
         scale = 1.0
@@ -151,6 +161,7 @@ class Run:
         self.step += 1
         self.samples += train.global_batch_size
         self.tokens += int(found.tokens.item())
+        self.mesh.log.doing("write metrics")
         if self.metrics is not None:
             seconds = time.monotonic() - began
             self.metrics.write(
@@ -198,6 +209,19 @@ class Run:
             if self.metrics is not None:
                 self.metrics.text(self.step, text)
 
+    def _write_trace(self) -> None:
+        """Leave the trace of the steps so far, if any was asked for."""
+        schedule = self.engine.pipeline.schedule_for(self.loader.num_microbatches)
+        found = self.trace.finish(schedule)
+        if found is not None:
+            steps = [step for step, _, _ in self.trace.spans]
+            share = sum(found.measured) / len(steps)
+            self._say(
+                f"trace  steps {steps[0]} to {steps[-1]} in {self.out}/trace.json | bubble "
+                f"{100 * share:.1f}%, simulated with its own action times "
+                f"{100 * found.predicted:.1f}%"
+            )
+
     def _save(self) -> None:
         facts = mf.Manifest(
             step=self.step,
@@ -214,6 +238,8 @@ class Run:
                 "layout": self.mesh.sizes,
             },
         )
+        # A run may end after this, and nobody may leave while another still sends.
+        self.engine.zero.settle()
         save(self.out / "checkpoints", self.engine.optimizer, self.mesh, facts)
 
     def _start_point(self) -> tuple[int, int, int]:

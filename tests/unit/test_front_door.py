@@ -48,6 +48,11 @@ LAYOUT = [
     ("--dry-run --world 7 --tp 2", 1, "layout: world size 7 is not divisible by tp*pp*cp = "
      "2*1*1 = 2 (use --nproc-per-node 6 or 8, or change --tp or --pp)"),
     ("--world 8", 1, "--world 8: only --dry-run uses it (torchrun says how many ranks run)"),
+    ("--trace-steps 3", 1, "--trace-steps 3: expected FIRST:LAST as 3:5"),
+    ("--trace-steps 5:3", 1,
+     "--trace-steps 5:3: the steps of this run are 1 to 100, the first named first"),
+    ("--trace-steps 99:101", 2,
+     "--trace-steps 99:101: the steps of this run are 1 to 100, the first named first"),
     ("--num-heads 8 --tp 3", 3,
      "--tp 3: --num-heads 8 is not divisible by 3 (allowed: 1, 2, 4, 8)"),
     ("--hidden-size 96 --num-heads 12 --num-kv-heads 6 --tp 4", 4,
