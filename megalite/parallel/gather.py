@@ -70,12 +70,12 @@ class Gatherer:
         return y
 
     def _need(self, at: int, *, ahead: int) -> None:
-        for bucket in self.buckets[self.order[at]]:
+        wanted = self.buckets[self.order[at]]
+        coming = self.buckets[self.order[ahead]] if 0 <= ahead < len(self.order) else []
+        for bucket in (*wanted, *coming):
             start(bucket, self.axis)
+        for bucket in wanted:
             settle(bucket)
-        if 0 <= ahead < len(self.order):
-            for bucket in self.buckets[self.order[ahead]]:
-                start(bucket, self.axis)
 
     def _drop(self, at: int) -> None:
         for bucket in self.buckets[self.order[at]]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megalite.core import comm
 from megalite.core.call import IGNORE
+from megalite.core.log import Hold
 from megalite.core.mesh import Axis, Mesh
 from megalite.layers.loss import cross_entropy_sum
 
@@ -102,3 +103,17 @@ def check_cross_entropy(rank: int, world: int, vocab: int, width: int) -> None:
     (0.7 * loss).backward()
     torch.testing.assert_close(loss, wanted, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(ours.grad, expected.grad[:, here], rtol=1e-12, atol=1e-12)
+
+
+def held(rank: int, world: int, overlap: bool, seconds: float) -> list:
+    """[ended where it started, seconds held are over, sum is right] of a held all-reduce."""
+    axis = tp_axis(rank, world)
+    every = drawn(world, 6)
+    axis.log.hold = Hold(lambda entry: seconds, overlap)
+    pending = comm.all_reduce_start(every[rank].clone(), axis)
+    entry = axis.log.entries[-1]
+    at_once = entry.completed
+    total = pending.wait()
+    assert entry.ended is not None
+    close = torch.allclose(total, every.sum(0), rtol=1e-14, atol=1e-14)
+    return [at_once, entry.ended - entry.issued >= seconds, close]

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megalite.core.config import Config, LayoutConfig, ModelConfig, TrainConfig
+from megalite.core.log import Collective, Hold
 from megalite.core.mesh import Mesh
 from megalite.core.params import constant, gaussian, initialize, named_parameters, new_param
 from megalite.core.shard import whole
@@ -199,3 +200,25 @@ def _two_stages_in_turn(n: int) -> Schedule:
 
 def _end_in_tanh(stage: GPT) -> None:
     stage.register_forward_hook(lambda module, args, y: torch.tanh(y))
+
+
+# -- transfers that are held --------------------------------------------------------------------
+
+
+def held_transfers(rank: int, world: int, seconds: float, overlap: bool) -> dict:
+    """Losses of two steps whose sends are held; when each was asked for, and each receive ended."""
+    config = config_of(pp=world)
+    found = {}
+    for name, hold in (("free", None), ("held", Hold(_on_sends(seconds), overlap))):
+        engine = engine_of(config, rank, world, "float64")
+        engine.mesh.log.hold = hold
+        steps = [train_step(engine, calls_of(engine, step, False), lr=1e-3) for step in range(2)]
+        found[name] = [step.loss.item() for step in steps]
+    entries = engine.mesh.log.entries
+    found["sent"] = [e.issued for e in entries if e.op == "send"]
+    found["received"] = [e.ended for e in entries if e.op == "recv"]
+    return found
+
+
+def _on_sends(seconds: float) -> Callable[[Collective], float]:
+    return lambda entry: seconds if entry.op == "send" else 0.0

@@ -29,3 +29,9 @@ def test_log_says_what_was_asked_what_went_out_where_from_and_when_it_ended(run_
 )
 def test_cut_cross_entropy_equals_torch_with_padding_and_masks(world, vocab, width, run_ranks):
     run_ranks(JOBS + "check_cross_entropy", world, vocab=vocab, width=width)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_held_collective_ends_when_it_may_and_at_once_without_overlap(overlap, run_ranks):
+    for seen in run_ranks(JOBS + "held", 2, overlap=overlap, seconds=0.05):
+        assert seen == [not overlap, True, True]

@@ -25,3 +25,13 @@ def test_storage_of_a_sent_output_is_freed(run_ranks):
 def test_stage_that_ends_in_tanh_keeps_its_output_and_its_gradients(run_ranks):
     first, _ = run_ranks(JOBS + "output_bytes", 2, ends_in_tanh=True)
     assert first == [OUTPUT_BYTES] * 3
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_held_transfer_arrives_late_and_changes_no_number(overlap, run_ranks):
+    seconds = 0.02
+    first, last = run_ranks(JOBS + "held_transfers", 2, seconds=seconds, overlap=overlap)
+    assert first["held"] == first["free"] and first["held"] == last["free"]
+    for sender, receiver in ((first, last), (last, first)):  # ranks of a host share a clock
+        pairs = list(zip(sender["sent"], receiver["received"], strict=True))
+        assert len(pairs) == 2 * 3 and all(late - sent >= seconds for sent, late in pairs)
