@@ -45,7 +45,8 @@ class Trace:
     def __init__(self, out: Path, mesh: Mesh, steps: range):
         self.out, self.mesh, self.log, self.steps = out, mesh, mesh.log, steps
         self.spans: list[tuple[int, float, float]] = []
-        self.done = False
+        """Number, begin and end of each traced step so far."""
+        self.barrier, self.began, self.first, self.done = 0.0, 0.0, 0, False
 
     def enter(self, step: int) -> None:
         """Begin a step; the first of those traced starts the recording."""
