@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megalite import __main__ as front
 from megalite.core.config import Config, LayoutConfig, ModelConfig, TrainConfig
 from megalite.core.errors import UserError
-from megalite.train.covering import FACTORS, Space, draw_rows, pairs_of
+from megalite.train.covering import ALL_AXES, FACTORS, TRIPLES, Space, combos_of, draw_rows
 from megalite.train.verify import TOL
 from megalite.train.verify_command import Row, given_row, reference_of, result_of, small_model
 
 JOBS = "tests.ranks.verify_jobs"
+DRAWN = 60
+"""Enough to cover every legal combination, rows on 16 ranks among them."""
 MODEL = ModelConfig(norm="rmsnorm", qk_norm=True, bias=False)
 
 
@@ -34,15 +39,15 @@ def verify(line: str) -> int:
 
 def test_drawn_layouts_equal_one_process(outside_torchrun, tmp_path, capsys):
     out = tmp_path / "table.json"
-    assert verify(f"--random 12 --seed 1 --json {out}") == 0
+    assert verify(f"--random {DRAWN} --seed 1 --steps 2 --json {out}") == 0
     shown = capsys.readouterr().out
-    assert "12 layouts, 0 differ from one process" in shown
-    assert sum(line.startswith("ok ") for line in shown.splitlines()) == 12
+    assert f"{DRAWN} layouts, 0 differ from one process" in shown
+    assert sum(line.startswith("ok ") for line in shown.splitlines()) == DRAWN
     made = json.loads(out.read_text())
-    assert (made["precision"], made["steps"], made["seed"]) == ("fp64", 3, 1)
-    assert made["pairs"]["covered"] > 0.7 * made["pairs"]["legal"] > 500
+    assert (made["precision"], made["steps"], made["seed"]) == ("fp64", 2, 1)
+    assert made["combinations"]["covered"] == made["combinations"]["legal"] > 1500
     for row in made["rows"]:
-        assert row["ok"] and row["first"] is None and row["trouble"] == "" and row["ranks"] <= 8
+        assert row["ok"] and row["first"] is None and row["trouble"] == "" and row["ranks"] <= 16
         for kind, bound in TOL["fp64"].items():
             gap = row["worst"][kind]
             assert gap["error"] <= bound and gap["kind"] == kind and gap["allowed"] == bound
@@ -190,7 +195,7 @@ def test_draw_follows_from_the_seed_and_every_row_is_legal():
     for drawn in rows:
         drawn.config.check(drawn.world)
         assert drawn.world <= 8
-    seen = {pair for drawn in rows for pair in pairs_of(drawn.row)}
+    seen = {combo for drawn in rows for combo in combos_of(drawn.row)}
     assert seen & coverage.legal.keys() == coverage.covered
     assert not seen & coverage.refused.keys()
 
@@ -204,7 +209,22 @@ def test_enough_rows_cover_every_legal_pair():
         for a, xs in enumerate(FACTORS.values())
         for ys in list(FACTORS.values())[a + 1 :]
     )
-    assert len(coverage.legal) + len(coverage.refused) == pairs
+    triples = sum(prod(len(FACTORS[name]) for name in names) for names in TRIPLES)
+    assert len(coverage.legal) + len(coverage.refused) == pairs + triples
+
+
+def test_rows_with_all_axes_are_drawn():
+    rows, _ = draw_rows(Space(Config(), max_ranks=16), 60, seed=2)
+    assert sum(ALL_AXES.items() <= drawn.row.items() for drawn in rows) >= 4
+    assert all(3 in {drawn.row[axis] for drawn in rows} for axis in ("tp", "pp", "dp"))
+
+
+@given(data=st.data())
+def test_combinations_of_one_factor_are_those_of_the_row_that_have_it(data):
+    row = {name: data.draw(st.sampled_from(values)) for name, values in FACTORS.items()}
+    name = data.draw(st.sampled_from(list(FACTORS)))
+    with_it = [combo for combo in combos_of(row) if name in dict(combo)]
+    assert sorted(map(str, combos_of(row, name))) == sorted(map(str, with_it))
 
 
 def test_settings_that_are_given_stay():
