@@ -1,13 +1,15 @@
 """Every layout equals one process. A feature adds a row here, not a test file.
 
 Each row trains three steps on gloo ranks and compares loss, gradient norm, every gradient and every
-updated weight with the one-process float64 run of the same model and batch.
+updated weight with the one-process float64 run of the same model and batch. Then it saves, loads
+what the row before it of the same model saved in its own layout, and compares one step more.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -241,25 +243,38 @@ ROWS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="session")
-def reference(run_ranks, tmp_path_factory):
-    """The file of a row's one-process float64 run; made once for all rows that share it."""
-    folder = tmp_path_factory.mktemp("oracle")
+class References:
+    """What one process did, and what the last layout saved, for each model and batch."""
 
-    def file_of(row: Row) -> Path:
+    def __init__(self, folder: Path, run_ranks: Callable[..., list]):
+        self.folder, self.run_ranks = folder, run_ranks
+        self.saved: dict[str, list[Path]] = {}
+
+    def files_of(self, row: Row) -> tuple[Path, Path, Path]:
+        """A row's one-process numbers, the checkpoint that it goes on from, and where it saves."""
         asked = {"config": row.one_process.to_dict(), "varying": row.varying, "blank": row.blank}
-        path = folder / f"{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]}.npz"
+        key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+        path, mine = self.folder / f"{key}.npz", self.folder / f"{key}-{row.dtype}-{row.name}"
         if not path.exists():
-            run_ranks(
+            alone = self.folder / f"{key}-alone"
+            self.run_ranks(
                 "tests.ranks.jobs:reference",
                 1,
-                steps=STEPS,
+                steps=STEPS + 1,
                 out=str(path),
+                save_to=str(alone),
                 **asked,
             )
-        return path
+            self.saved[key] = [alone]
+        before = [saved for saved in self.saved[key] if saved.exists()][-1]
+        if row.dtype == "float64":  # the bounds are of no use after a checkpoint in float32
+            self.saved[key].append(mine)
+        return path, before, mine
 
-    return file_of
+
+@pytest.fixture(scope="session")
+def references(run_ranks, tmp_path_factory):
+    return References(tmp_path_factory.mktemp("oracle"), run_ranks)
 
 
 EXTRA = {
@@ -294,8 +309,9 @@ def test_rows_left_to_the_full_form_exist():
     assert len(set(names)) == len(names) and set(names) >= EXTRA
 
 
-def test_layout_equals_one_process(row: Row, reference, run_ranks):
+def test_layout_equals_one_process(row: Row, references, run_ranks):
     row.config.check(row.world)
+    reference, before, mine = references.files_of(row)
     results = run_ranks(
         "tests.ranks.jobs:compare",
         row.world,
@@ -304,7 +320,9 @@ def test_layout_equals_one_process(row: Row, reference, run_ranks):
         steps=STEPS,
         varying=row.varying,
         blank=row.blank,
-        ref=str(reference(row)),
+        ref=str(reference),
+        go_on_from=str(before),
+        save_to=str(mine),
     )
     for kind, bound in TOL[row.dtype].items():
         error, where = max(r["worst"][kind] for r in results)
