@@ -180,3 +180,32 @@ def greedy(rank: int, world: int, config: dict) -> list[list[int]]:
         seq_len=engine.config.model.seq_len,
         device=torch.device("cpu"),
     )
+
+
+def losses_of(engine: Engine, samples: int, steps: int) -> list[float]:
+    """The losses of the next steps."""
+    return [float.fromhex(loss) for loss in advance(engine, samples, steps)[1]]
+
+
+def train_save_and_go_on(rank: int, world: int, config: dict, out: str) -> list[float]:
+    """Train 2 steps, save, and give the next losses of the run that stays in its layout."""
+    engine = engine_of(Config.from_dict(config), rank, world, "float32")
+    samples, _ = advance(engine, 0, 2)
+    save(Path(out) / "checkpoints", engine.optimizer, engine.mesh, facts(engine.config, 2, samples))
+    return losses_of(engine, samples, 2)
+
+
+def move(rank: int, world: int, config: dict, runs: dict[str, str]) -> list[list[float]]:
+    """Load each run's checkpoint in this layout, save it again, and go on; gives the next losses.
+
+    `runs`: from where to where. One engine takes them all, so what a load leaves behind shows.
+    """
+    engine = engine_of(Config.from_dict(config), rank, world, "float32")
+    losses = []
+    for source, target in runs.items():
+        directory, manifest, _ = newest_for_all(Path(source), engine.mesh, engine.device)
+        load_optimizer(Reader(directory, manifest), engine.optimizer)
+        made = facts(engine.config, manifest.step, manifest.samples)
+        save(Path(target) / "checkpoints", engine.optimizer, engine.mesh, made)
+        losses.append(losses_of(engine, manifest.samples, 2))
+    return losses

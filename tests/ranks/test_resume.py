@@ -130,6 +130,52 @@ def test_checkpoint_loads_into_any_layout(saved, model, run_ranks, tmp_path):
         assert {f"weights/{name}" for name in seen} == {n for n in wholes if "weights/" in n}
 
 
+MOVED = {
+    "one": {},
+    "tp2": {"tp": 2},
+    "pp2 interleaved": {"pp": 2, "vpp": 2, "schedule": "interleaved"},
+    "pp4 zb-h1": {"pp": 4, "schedule": "zb-h1"},
+    "dp2 zero3": {"dp": 2, "zero": 3},
+    "cp2 dp2 zero2": {"cp": 2, "dp": 2, "zero": 2},
+    "tp2 pp2 dp2": {"tp": 2, "pp": 2, "dp": 2},
+    "tp4 dp2 zero0": {"tp": 4, "dp": 2, "zero": 0},
+}
+
+
+@pytest.fixture(scope="module")
+def stayed(run_ranks, tmp_path_factory):
+    """Of each layout: the run that saved, its next losses, and its checkpoint's whole tensors."""
+    folder = tmp_path_factory.mktemp("stayed")
+    runs = {}
+    for name, layout in MOVED.items():
+        run, config = folder / name, config_of(layout).to_dict()
+        losses = run_ranks(
+            f"{JOBS}:train_save_and_go_on", world_of(layout), config=config, out=str(run)
+        )
+        runs[name] = run, losses[0], whole_tensors(run / "checkpoints" / "step-00000002")
+    return runs
+
+
+@pytest.mark.parametrize("target", MOVED)
+def test_run_that_moves_is_the_run_that_stays(target, stayed, run_ranks, tmp_path):
+    """All 7 pairs into a layout: numbers in every bit, the next losses to float32's rounding."""
+    others = [name for name in MOVED if name != target]
+    found = run_ranks(
+        f"{JOBS}:move",
+        world_of(MOVED[target]),
+        config=config_of(MOVED[target]).to_dict(),
+        runs={str(stayed[name][0]): str(tmp_path / name) for name in others},
+    )
+    for idx, name in enumerate(others):
+        _, losses, wholes = stayed[name]
+        moved = whole_tensors(tmp_path / name / "checkpoints" / "step-00000002")
+        assert moved.keys() == wholes.keys()
+        for tensor, whole in wholes.items():
+            assert moved[tensor].numpy().tobytes() == whole.numpy().tobytes(), (name, tensor)
+        assert len(losses) == 2 and len({tuple(each[idx]) for each in found}) == 1
+        assert found[0][idx] == pytest.approx(losses, rel=0, abs=1e-6), name
+
+
 FAILURES = [(0, "_make_empty"), (3, "save_file"), (0, "save_file"), (0, "_commit")]
 
 
