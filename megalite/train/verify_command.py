@@ -21,7 +21,7 @@ from typing import Any
 from megalite.core.check import check_precision
 from megalite.core.config import Config, LayoutConfig, ModelConfig
 from megalite.core.errors import RunError, UserError
-from megalite.layers.attention import load_attention
+from megalite.train.build import attention_of
 from megalite.train.covering import Coverage, Pair, Space, draw_rows, name_of
 from megalite.train.ranks import Ranks
 from megalite.train.verify import TOL, Gap, gap_from, most_urgent
@@ -70,7 +70,7 @@ def verify(run: VerifyRun) -> int:
     precision = _precision(config)
     if asked.json and not Path(asked.json).absolute().parent.is_dir():
         raise UserError(f"--json {asked.json}: no such directory {Path(asked.json).parent}")
-    load_attention(config.model.attention)  # its mistakes are told here, and not by each rank
+    attention_of(config)  # its mistakes are told here, and not by each rank
     coverage: Coverage | None = None
     if asked.random is None:
         rows = [given_row(config, most=max(MOST_RANKS, asked.max_ranks))]
@@ -278,7 +278,9 @@ def reference_of(row: Row, ranks: Ranks, folder: Path, steps: int) -> Path:
 
 
 def _one_process(config: Config) -> Config:
-    return replace(config, layout=LayoutConfig(zero=0))
+    """One sample at a time: a layout's micro-batch size is one more thing that changes nothing."""
+    train = replace(config.train, micro_batch_size=1)
+    return replace(config, layout=LayoutConfig(zero=0), train=train)
 
 
 def _last_words(text: str) -> str:
