@@ -144,6 +144,8 @@ def given_row(config: Config, *, most: int) -> Row:
         for f in dataclasses.fields(lay)
         if getattr(lay, f.name) != getattr(plain, f.name) and f.name != "pp_layers"
     }
+    if config.data.reset_attention_mask:
+        changed["reset_attention_mask"] = True
     name = name_of(changed) + (" uneven" if lay.pp_layers else "")
     return Row(name, small, world)
 
