@@ -19,10 +19,19 @@ from megalite.core.config import ModelConfig, OptimConfig
 Weights = dict[str, Tensor]
 
 
-def loss(cfg: ModelConfig, weights: Weights, tokens: Tensor, labels: Tensor) -> Tensor:
-    """Mean of -log p(label) over labels that are not negative; `tokens` and `labels` [b, s]."""
+def loss(
+    cfg: ModelConfig,
+    weights: Weights,
+    tokens: Tensor,
+    labels: Tensor,
+    documents: Tensor | None = None,
+) -> Tensor:
+    """Mean of -log p(label) over labels that are not negative; `tokens` and `labels` [b, s].
+
+    `documents` [b, s] has one number for all tokens of a document.
+    """
     nll = F.cross_entropy(
-        logits(cfg, weights, tokens).flatten(0, 1),
+        logits(cfg, weights, tokens, documents).flatten(0, 1),
         labels.flatten(),
         ignore_index=-1,
         reduction="sum",
@@ -30,14 +39,18 @@ def loss(cfg: ModelConfig, weights: Weights, tokens: Tensor, labels: Tensor) -> 
     return nll / (labels >= 0).sum()
 
 
-def logits(cfg: ModelConfig, weights: Weights, tokens: Tensor) -> Tensor:
+def logits(
+    cfg: ModelConfig, weights: Weights, tokens: Tensor, documents: Tensor | None = None
+) -> Tensor:
     """[b, s] -> [b, s, v]."""
     x = weights["embedding.weight"][tokens]
+    documents = torch.zeros_like(tokens) if documents is None else documents
     if cfg.position == "learned":
-        x = x + weights["position.weight"][: tokens.shape[1]]
+        x = x + weights["position.weight"][_places(documents)]
     for i in range(cfg.num_layers):
         layer = f"layers.{i}."
-        x = x + _attention(cfg, weights, layer, _norm(cfg, weights, layer + "attention_norm", x))
+        normed = _norm(cfg, weights, layer + "attention_norm", x)
+        x = x + _attention(cfg, weights, layer, normed, documents)
         x = x + _mlp(cfg, weights, layer + "mlp.", _norm(cfg, weights, layer + "mlp_norm", x))
     table = weights["embedding.weight" if cfg.tie_embeddings else "head"]
     return _capped(_norm(cfg, weights, "final_norm", x) @ table.T, cfg.logit_soft_cap)
@@ -47,9 +60,12 @@ def train(
     cfg: ModelConfig,
     optim: OptimConfig,
     weights: Weights,
-    batches: list[tuple[Tensor, Tensor]],
+    batches: list[tuple[Tensor, ...]],
 ) -> list[dict[str, float | Weights]]:
-    """One step of AdamW for each batch, `weights` updated in place: what each step had."""
+    """One step of AdamW for each batch, `weights` updated in place: what each step had.
+
+    A batch has tokens, labels and, if there are several in a sample, documents.
+    """
     for weight in weights.values():
         weight.requires_grad_()
     # Matrices decay, norms and biases do not.
@@ -65,9 +81,9 @@ def train(
         groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=False, foreach=False
     )
     steps = []
-    for tokens, labels in batches:
+    for batch in batches:
         adamw.zero_grad()
-        mean = loss(cfg, weights, tokens, labels)
+        mean = loss(cfg, weights, *batch)
         mean.backward()
         grads = {name: w.grad.clone() for name, w in weights.items()}
         norm = torch.nn.utils.clip_grad_norm_(weights.values(), optim.clip_grad)
@@ -95,7 +111,9 @@ def _capped(x: Tensor, cap: float | None) -> Tensor:
     return x if cap is None else cap * torch.tanh(x / cap)
 
 
-def _attention(cfg: ModelConfig, weights: Weights, layer: str, x: Tensor) -> Tensor:
+def _attention(
+    cfg: ModelConfig, weights: Weights, layer: str, x: Tensor, documents: Tensor
+) -> Tensor:
     b, s, _ = x.shape
     n, m, d = cfg.num_heads, cfg.kv_heads, cfg.head_dim
     fused = _linear(weights, layer + "attention.qkv", x)
@@ -105,30 +123,43 @@ def _attention(cfg: ModelConfig, weights: Weights, layer: str, x: Tensor) -> Ten
         q = _norm(cfg, weights, layer + "attention.q_norm", q)
         k = _norm(cfg, weights, layer + "attention.k_norm", k)
     if cfg.position == "rope":
-        q, k = _rotated(cfg, q), _rotated(cfg, k)
+        q, k = _rotated(cfg, q, _places(documents)), _rotated(cfg, k, _places(documents))
     heads = []
     for head in range(n):  # query heads share a kv head in runs of n / m
         shared = head // (n // m)
         scores = q[:, :, head] @ k[:, :, shared].transpose(1, 2) / sqrt(d)  # [b, s, s]
-        weight = _capped(scores, cfg.attention_soft_cap).masked_fill(~_visible(cfg, s), -torch.inf)
+        seen = _visible(cfg, documents)
+        weight = _capped(scores, cfg.attention_soft_cap).masked_fill(~seen, -torch.inf)
         heads.append(weight.softmax(-1) @ v[:, :, shared])
     return _linear(weights, layer + "attention.out", torch.cat(heads, -1))
 
 
-def _visible(cfg: ModelConfig, s: int) -> Tensor:
+def _visible(cfg: ModelConfig, documents: Tensor) -> Tensor:
+    s = documents.shape[1]
     window = cfg.sliding_window or s
-    rows = [[0 <= query - key < window for key in range(s)] for query in range(s)]
-    return torch.tensor(rows)
 
+    def sees(row: list[int], query: int, key: int) -> bool:
+        return 0 <= query - key < window and row[query] == row[key]
 
-def _rotated(cfg: ModelConfig, x: Tensor) -> Tensor:
-    """`x` [b, s, n, d] as complex numbers, first half real, second imaginary, turned."""
-    s, half = x.shape[1], cfg.head_dim // 2
-    speed = cfg.rope_theta ** -(torch.arange(half, dtype=torch.float64) / half)
-    turn = torch.polar(
-        torch.ones(s, half, dtype=torch.float64), torch.arange(s).double()[:, None] * speed
+    samples = documents.tolist()
+    return torch.tensor(
+        [[[sees(row, i, j) for j in range(s)] for i in range(s)] for row in samples]
     )
-    turned = torch.complex(x[..., :half], x[..., half:]) * turn[:, None]
+
+
+def _places(documents: Tensor) -> Tensor:
+    """How many tokens of its document come before each token: [b, s]."""
+    samples = documents.tolist()
+    return torch.tensor([[row[:i].count(name) for i, name in enumerate(row)] for row in samples])
+
+
+def _rotated(cfg: ModelConfig, x: Tensor, places: Tensor) -> Tensor:
+    """`x` [b, s, n, d] as complex numbers, first half real, second imaginary, turned."""
+    half = cfg.head_dim // 2
+    speed = cfg.rope_theta ** -(torch.arange(half, dtype=torch.float64) / half)
+    angles = places.double()[:, :, None] * speed  # [b, s, d/2]
+    turn = torch.polar(torch.ones_like(angles), angles)
+    turned = torch.complex(x[..., :half], x[..., half:]) * turn[:, :, None]
     return torch.cat((turned.real, turned.imag), -1)
 
 

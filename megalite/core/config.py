@@ -127,6 +127,10 @@ class DataConfig:
     """Prefix of the held-out pair (empty: no held-out loss)."""
     tokenizer: PathText = ""
     """tokenizer.json to decode samples and count bytes with (empty: the one beside the data)."""
+    reset_attention_mask: bool = False
+    """Documents in one sample do not see each other, and positions restart at each. The data's
+    index says where documents start; a document's last token still predicts the next one's first.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)

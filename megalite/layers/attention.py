@@ -2,7 +2,8 @@
 
 Fewer kv heads than tp ranks are replicated. Next: context.py, which brings together the queries and
 keys of a sequence cut over cp, and core_attention.py, which attends. A fork's own attention is a
-class with this constructor and forward; over cp it has to mind `call.context`.
+class with this constructor and forward; over cp it has to mind `call.context`, and with
+--reset-attention-mask `call.starts`.
 """
 
 from __future__ import annotations
@@ -33,6 +34,10 @@ from megalite.schedule.custom import load_callable
 
 class Attention(nn.Module):
     """[s or s/tp, b, h] -> the same."""
+
+    keeps_documents_apart = True
+    """It minds `call.starts`. All layouts of one that does not agree with each other, so that no
+    comparison would tell: a class has to say it."""
 
     def __init__(
         self, cfg: ModelConfig, mesh: Mesh, *, layer: int, seed: int, row_sum: tuple[str, ...]
@@ -76,6 +81,7 @@ class Attention(nn.Module):
             key=self.key,
             samples=call.samples,
             first_head=self.first_head,
+            starts=call.starts,
         )
         y = attend(core, q, k, v, call)  # [s, b, n, d]
         return self.out(y.flatten(2), call)

@@ -36,6 +36,8 @@ class CoreAttention:
     """[b] int64."""
     first_head: int
     """Number of the first query head here in the whole model."""
+    starts: Tensor | None = None
+    """[length, b]: that of the call."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, q_at: Tensor, k_at: Tensor) -> Tensor:
         """Queries [b, n, q, d] over keys and values [b, m, k, d] at these positions: [b, n, q, d].
@@ -44,13 +46,13 @@ class CoreAttention:
         """
         if self.soft_cap is None and self.p == 0:
             grouped = q.shape[1] != k.shape[1]
-            if self.window is None and k_at is q_at:
+            if self.window is None and self.starts is None and k_at is q_at:
                 return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-            mask = attention_mask(q_at, k_at, self.window)
+            mask = self._mask(q_at, k_at)
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
         k, v = _per_query_head(k, q), _per_query_head(v, q)
         scores = self._capped(q @ k.transpose(-1, -2) / sqrt(q.shape[-1]))
-        weights = masked_softmax(scores, attention_mask(q_at, k_at, self.window))
+        weights = masked_softmax(scores, self._mask(q_at, k_at))
         return self._dropped(weights, q_at, k_at) @ v
 
     def partial(
@@ -104,7 +106,11 @@ class CoreAttention:
         raw = (q @ k.transpose(-1, -2)).to(acc_dtype(q.dtype)) / sqrt(q.shape[-1])
         scores = self._capped(raw)
         slope = 1.0 if self.soft_cap is None else 1.0 - (scores / self.soft_cap) ** 2
-        return scores.masked_fill(~attention_mask(q_at, k_at, self.window), -torch.inf), slope
+        return scores.masked_fill(~self._mask(q_at, k_at), -torch.inf), slope
+
+    def _mask(self, q_at: Tensor, k_at: Tensor) -> Tensor:
+        """Where a query may look at a key: [q, k], or [b, 1, q, k] where samples hold documents."""
+        return attention_mask(q_at, k_at, self.window, self.starts)
 
     def _capped(self, scores: Tensor) -> Tensor:
         if self.soft_cap is None:

@@ -20,7 +20,7 @@ from megalite.models.build import build_stages, split_layers
 from megalite.parallel.buckets import plan
 from megalite.parallel.zero import LANES, units_of
 from megalite.schedule.simulate import peak_live
-from megalite.train.build import BUCKET_MB, mesh_factors, mesh_sizes, schedule_maker
+from megalite.train.build import BUCKET_MB, attention_of, mesh_factors, mesh_sizes, schedule_maker
 
 STATES = {"adamw": 2}
 """Tensors of optimizer state a parameter has."""
@@ -63,6 +63,7 @@ def stage_memory(config: Config, world_size: int, pp_idx: int, dtype: torch.dtyp
             layers=layout.pp_layers,
             sequence_parallel=layout.sequence_parallel,
             seed=config.train.seed,
+            attention=attention_of(config),
         )
         for stage in stages.values():
             stage.to(dtype)

@@ -24,6 +24,7 @@ from megalite.core.mesh import Mesh
 from megalite.core.params import initialize
 from megalite.core.unit import RECOMPUTE
 from megalite.core.world import World
+from megalite.layers.attention import load_attention
 from megalite.models.build import build_stages
 from megalite.models.gpt import GPT
 from megalite.optim.optimizer import Optimizer
@@ -80,6 +81,18 @@ def schedule_maker(config: Config) -> Callable[[int], Schedule]:
         return made
 
     return schedule
+
+
+def attention_of(config: Config) -> Callable[..., nn.Module]:
+    """The attention class of a run. Raises UserError if it is not there, or not for this run."""
+    spec = config.model.attention
+    made = load_attention(spec)
+    if config.data.reset_attention_mask and not getattr(made, "keeps_documents_apart", False):
+        raise UserError(
+            f"--reset-attention-mask: --attention {spec} does not say that it minds documents "
+            "(mask by call.starts, then set keeps_documents_apart = True in the class)"
+        )
+    return made
 
 
 def pick_device(config: Config, world: World) -> torch.device:
@@ -158,7 +171,7 @@ def build_engine(
             layers=layout.pp_layers,
             sequence_parallel=layout.sequence_parallel,
             seed=config.train.seed,
-            attention=attention,
+            attention=attention or attention_of(config),
         )
     for stage in stages.values():
         stage.run_unit = RECOMPUTE[layout.recompute]

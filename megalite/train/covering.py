@@ -21,7 +21,7 @@ from megalite.core.config import Config, LayoutConfig
 from megalite.core.errors import UserError
 from megalite.schedule.custom import is_file
 from megalite.schedule.generators import SCHEDULES
-from megalite.train.build import schedule_maker
+from megalite.train.build import attention_of, schedule_maker
 
 Row = dict[str, Any]
 """A value for every factor."""
@@ -56,6 +56,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "microbatches": (1, 2, 3, 4, 7),
     "micro_batch_size": (1, 2),
     "lengths_vary": (False, True),
+    "reset_attention_mask": (False, True),
     "form": tuple(FORMS),
     "tie_embeddings": (True, False),
     "num_kv_heads": (None, 1, 2, 3, 4),
@@ -136,7 +137,9 @@ class Space:
             return values if plain else ("gpt",)
         if name == "uneven" and base.layout.pp_layers is not None:
             return (False,)
-        for group in (base.layout, base.model, base.train):
+        if name == "reset_attention_mask" and not _minds_documents(base):
+            return (False,)
+        for group in (base.layout, base.model, base.data, base.train):
             if hasattr(group, name) and getattr(group, name) != getattr(type(group)(), name):
                 return (getattr(group, name),)
         return values
@@ -318,7 +321,16 @@ def config_of(row: Row, base: Config) -> Config:
         **_fields_in(row, base.train),
         global_batch_size=row["microbatches"] * row["micro_batch_size"] * row["dp"],
     )
-    return replace(base, model=model, layout=layout, train=train)
+    data = replace(base.data, **_fields_in(row, base.data))
+    return replace(base, model=model, layout=layout, data=data, train=train)
+
+
+def _minds_documents(base: Config) -> bool:
+    try:
+        attention_of(replace(base, data=replace(base.data, reset_attention_mask=True)))
+    except UserError:
+        return False
+    return True
 
 
 def _fields_in(row: Row, group: Any) -> Row:

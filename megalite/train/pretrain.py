@@ -29,6 +29,7 @@ from megalite.optim.lr import learning_rate
 from megalite.schedule.simulate import bubble
 from megalite.train import console
 from megalite.train.build import (
+    attention_of,
     build_engine,
     build_mesh,
     pick_device,
@@ -65,6 +66,7 @@ class Run:
             forget_cause(config)
         self.device = pick_device(config, world)
         dtype = pick_dtype(config, self.device)
+        attention = attention_of(config)
         self.mesh = build_mesh(config, world, self.device)
         self.stop = Stop()
         self.stop.listen()
@@ -72,7 +74,9 @@ class Run:
         source, description = open_data(config, config.data.data, self.mesh)
         self.description = description
         self._prepare_out()
-        self.engine = build_engine(config, self.mesh, device=self.device, dtype=dtype)
+        self.engine = build_engine(
+            config, self.mesh, device=self.device, dtype=dtype, attention=attention
+        )
         self.loader = self._loader(source)
         self.held_out = self._held_out()
         check_space(self.out, self.engine.optimizer, self.mesh)
@@ -266,6 +270,7 @@ class Run:
             device=self.device,
             sequence_parallel=self.config.layout.sequence_parallel,
             cp_form=self.config.layout.cp_form,
+            reset_attention_mask=self.config.data.reset_attention_mask,
         )
 
     def _held_out(self) -> HeldOut | None:

@@ -135,10 +135,11 @@ def engine_of(config: Config, rank: int, world: int, precision: str, **kwargs: A
 
 
 def calls_of(engine: Engine, step: int, varying: bool, blank: Sequence[int] = ()) -> list[Call]:
-    """This rank's microbatches: masked labels, and lengths that differ by microbatch if `varying`.
+    """This rank's microbatches: masked labels, and lengths that differ by sample if `varying`.
 
-    Samples, masks and lengths follow from the number of the sample alone. No label at a position in
-    `blank` takes part.
+    Tokens, documents, masks and lengths follow from the number of the sample alone; a microbatch is
+    as long as its longest sample, whatever lies beyond the end of another. No label at a position
+    in `blank` takes part.
     """
     config, mesh = engine.config, engine.mesh
     size, s = config.train.micro_batch_size, config.model.seq_len
@@ -149,19 +150,32 @@ def calls_of(engine: Engine, step: int, varying: bool, blank: Sequence[int] = ()
     calls = []
     for m in range(config.num_microbatches(mesh.world_size)):
         first = step * config.train.global_batch_size + (m * dp.size + dp.idx) * size
-        length = s - (first // size % 3) * (s // 4) if varying else s
-        rows, masks = [], []
-        for number in range(first, first + size):
-            rows.append(source.window(number)[: length + 1])
-            mask = np.random.default_rng([9, number]).random(s) < MASKED
+        numbers = range(first, first + size)
+        lengths = [s - number % 3 * (s // 4) if varying else s for number in numbers]
+        masks = [np.random.default_rng([9, number]).random(s) < MASKED for number in numbers]
+        for mask, length in zip(masks, lengths, strict=True):
             mask[list(blank)] = True
-            masks.append(mask[:length])
-        tokens = torch.from_numpy(np.stack(rows).T.copy())  # [s + 1, b]
-        labels = tokens[1:].masked_fill(torch.from_numpy(np.stack(masks).T.copy()), IGNORE)
-        samples = torch.arange(first, first + size)
-        inputs = tokens[:-1].contiguous()
-        calls.append(make_call(inputs, labels, samples, seq_cut=cut, context=context))
+            mask[length:] = True
+        tokens = _columns([source.window(number) for number in numbers])[: max(lengths) + 1]
+        inputs, masked = tokens[:-1].contiguous(), _columns(masks)[: max(lengths)]
+        starts = None
+        if config.data.reset_attention_mask:
+            starts = _columns([source.starts(number) for number in numbers])[: max(lengths)]
+        calls.append(
+            make_call(
+                inputs,
+                tokens[1:].masked_fill(masked, IGNORE),
+                torch.arange(first, first + size),
+                seq_cut=cut,
+                context=context,
+                starts=starts,
+            )
+        )
     return calls
+
+
+def _columns(rows: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(rows).T.copy())  # [s or s + 1, b]
 
 
 def reference(

@@ -22,7 +22,7 @@ from typing import Any
 from megalite.core.check import check_precision
 from megalite.core.config import Config, LayoutConfig, ModelConfig
 from megalite.core.errors import RunError, UserError
-from megalite.layers.attention import load_attention
+from megalite.train.build import attention_of
 from megalite.train.covering import (
     TRIPLES,
     Combo,
@@ -79,7 +79,7 @@ def verify(run: VerifyRun) -> int:
     precision = _precision(config)
     if asked.json and not Path(asked.json).absolute().parent.is_dir():
         raise UserError(f"--json {asked.json}: no such directory {Path(asked.json).parent}")
-    load_attention(config.model.attention)  # its mistakes are told here, and not by each rank
+    attention_of(config)  # its mistakes are told here, and not by each rank
     drawn: list[Drawn] = []
     coverage: Coverage | None = None
     if asked.random is None:
@@ -154,6 +154,8 @@ def given_row(config: Config, *, most: int) -> Row:
         for f in dataclasses.fields(lay)
         if getattr(lay, f.name) != getattr(plain, f.name) and f.name != "pp_layers"
     }
+    if config.data.reset_attention_mask:
+        changed["reset_attention_mask"] = True
     name = name_of(changed) + (" uneven" if lay.pp_layers else "")
     return Row(name, small, world)
 
@@ -288,7 +290,9 @@ def reference_of(row: Row, ranks: Ranks, folder: Path, steps: int) -> Path:
 
 
 def _one_process(config: Config) -> Config:
-    return replace(config, layout=LayoutConfig(zero=0))
+    """One sample at a time: a layout's micro-batch size is one more thing that changes nothing."""
+    train = replace(config.train, micro_batch_size=1)
+    return replace(config, layout=LayoutConfig(zero=0), train=train)
 
 
 def _last_words(text: str) -> str:

@@ -23,7 +23,14 @@ def core_of(how: dict[str, Any], samples: torch.Tensor) -> CoreAttention:
 
 
 def check_forms(
-    rank: int, world: int, form: str, length: int, heads: int, kv_heads: int, how: dict
+    rank: int,
+    world: int,
+    form: str,
+    length: int,
+    heads: int,
+    kv_heads: int,
+    how: dict,
+    starts: list[int] | None = None,
 ) -> None:
     """Output and gradients of my rows are those of the same rows of one process."""
     axis = Mesh({"cp": world}, rank=rank, kind="real").axis("cp")
@@ -33,6 +40,9 @@ def check_forms(
     whole = replace(cut, tokens=tokens, positions=torch.arange(length), context=None)
     shapes = [(length, BATCH, n, HEAD_DIM) for n in (heads, kv_heads, kv_heads, heads)]
     *qkv, dy = (drawn(1, *shape, seed=i)[0] for i, shape in enumerate(shapes))
+    if starts is not None:
+        documents = torch.tensor([starts, [0] * length]).T  # the second sample is one document
+        how = {**how, "starts": documents}
     core = core_of(how, samples)
     results = []
     for call, take in ((whole, lambda x: x), (cut, context.take)):

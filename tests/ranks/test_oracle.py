@@ -11,12 +11,20 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megalite.core.config import Config, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
+from megalite.core.config import (
+    Config,
+    DataConfig,
+    LayoutConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
 from megalite.core.mesh import Axis
 from megalite.core.shard import sequence_positions
 from megalite.train import verify
@@ -63,6 +71,7 @@ class Row:
     micro: int = 2
     batch: int = 16
     varying: bool = False
+    documents: bool = False
     dtype: str = "float64"
     blank: tuple[int, ...] = ()
     """Positions whose labels take no part."""
@@ -74,17 +83,18 @@ class Row:
 
     @property
     def config(self) -> Config:
-        return self._with(LayoutConfig(**self.layout))
+        return self._with(LayoutConfig(**self.layout), self.micro)
 
     @property
     def one_process(self) -> Config:
-        return self._with(LayoutConfig(zero=0))
+        return self._with(LayoutConfig(zero=0), 1)
 
-    def _with(self, layout: LayoutConfig) -> Config:
+    def _with(self, layout: LayoutConfig, micro: int) -> Config:
         # eps keeps a gradient that is zero but for rounding from becoming a whole step
         optim = OptimConfig(lr=1e-2, eps=1e-4, clip_grad=0.5)
-        train = TrainConfig(micro_batch_size=self.micro, global_batch_size=self.batch)
-        return Config(model=self.model, layout=layout, optim=optim, train=train)
+        train = TrainConfig(micro_batch_size=micro, global_batch_size=self.batch)
+        data = DataConfig(reset_attention_mask=self.documents)
+        return Config(model=self.model, layout=layout, data=data, optim=optim, train=train)
 
 
 ROWS = [
@@ -240,7 +250,35 @@ ROWS = [
         blank=held_by(0)),
     Row("float32 tp2 cp2", GPT, {"tp": 2, "cp": 2}, dtype="float32"),
     Row("custom schedule pp3 dp2", GPT, {"pp": 3, "dp": 2, "schedule": MY_SCHEDULE}, batch=20),
+    Row("documents tp2 cp2 pp2 ring", EVERYTHING, {"tp": 2, "cp": 2, "pp": 2}, documents=True,
+        varying=True),
+    Row("documents cp2 gather", GPT, {"cp": 2, "cp_form": "gather"}, documents=True),
+    # Sequences of 9 are padded to 12, and those of 6 to 8: the last rank's tokens are padding.
+    Row("documents cp4 ulysses, one rank's tokens all padding", LLAMA,
+        {"cp": 4, "cp_form": "ulysses"}, micro=1, batch=6, documents=True, varying=True),
+    Row("documents cp2 ring, all of one rank masked", LLAMA, {"cp": 2}, documents=True,
+        blank=held_by(1)),
+    Row("documents dropout pp2 dp2 zero3", DROPOUT, {"pp": 2, "dp": 2, "zero": 3}, documents=True),
+    Row("documents dropout cp2 ring", DROPOUT, {"cp": 2}, documents=True, varying=True),
+    Row("documents dropout tp2 cp2 ulysses", DROPOUT, {"tp": 2, "cp": 2, "cp_form": "ulysses"},
+        documents=True),
+    Row("documents window cp3 gather", WINDOW, {"cp": 3, "cp_form": "gather"}, documents=True),
 ]  # fmt: skip
+
+
+def split(micro: int, dp: int, documents: bool) -> Row:
+    """One way to cut a batch of samples of different lengths and masks into microbatches."""
+    name = f"lengths vary micro{micro} dp{dp}{' documents' * documents}"
+    model = replace(LLAMA, num_layers=1)
+    return Row(name, model, {"dp": dp}, micro=micro, varying=True, documents=documents)
+
+
+SIZES = (1, 2, 4)
+SPLITS = [split(*each) for each in product(SIZES, SIZES, (False, True))]
+EVERYDAY_SPLITS = [
+    split(1, 4, True), split(2, 2, True), split(4, 1, True), split(4, 4, False), split(2, 1, False)
+]  # fmt: skip
+ROWS += SPLITS
 
 
 class References:
@@ -292,6 +330,9 @@ EXTRA = {
     "window cp2 ulysses", "everything cp2 ring", "everything tp2 cp2 gather", "dropout cp2 gather",
     "dropout cp2 ring", "dropout tp2 cp2 ulysses", "lengths vary cp2 dp2 ulysses", "tp2 cp2 ring",
     "cp2 dp2 gather, all of one rank masked", "tp2 cp2 pp2 dp2 untied zb-v",
+    "documents dropout cp2 ring", "documents dropout tp2 cp2 ulysses",
+    "documents window cp3 gather",
+    *(row.name for row in SPLITS if row not in EVERYDAY_SPLITS),
 }  # fmt: skip
 """Rows whose features other rows have, in other company: run with --every-row."""
 

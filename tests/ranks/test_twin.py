@@ -6,7 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from megalite.core.config import Config, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
+from megalite.core.config import (
+    Config,
+    DataConfig,
+    LayoutConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
 
 TOL = 1e-10
 STEPS = 3
@@ -40,12 +47,14 @@ MODELS = {
 }
 
 
+@pytest.mark.parametrize("apart", [False, True], ids=["", "documents"])
 @pytest.mark.parametrize("name", MODELS)
-def test_engine_equals_the_plain_twin(name: str, run_ranks):
+def test_engine_equals_the_plain_twin(name: str, apart: bool, run_ranks):
     # Several microbatches and masked labels on our side; one batch and one mean on the twin's.
     config = Config(
         model=MODELS[name],
         layout=LayoutConfig(bucket_mb=0.01),
+        data=DataConfig(reset_attention_mask=apart),
         optim=OptimConfig(lr=1e-2, clip_grad=0.3, eps=1e-4),
         train=TrainConfig(micro_batch_size=2, global_batch_size=6),
     )

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megalite import __main__ as front
-from megalite.core.config import Config, LayoutConfig, ModelConfig, TrainConfig
+from megalite.core.config import Config, DataConfig, LayoutConfig, ModelConfig, TrainConfig
 from megalite.core.errors import UserError
 from megalite.train.covering import ALL_AXES, FACTORS, TRIPLES, Space, combos_of, draw_rows
 from megalite.train.verify import TOL
@@ -106,6 +106,27 @@ def test_own_attention_equals_one_process(outside_torchrun, capsys):
     assert "\nok " in capsys.readouterr().out
 
 
+def test_own_attention_keeps_documents_apart_and_says_so(outside_torchrun, tmp_path, capsys):
+    packed = f"--tp 2 --reset-attention-mask --attention {EXAMPLE}:MyAttention"
+    assert verify(packed) == 0
+    assert "tp2 zero1 reset-attention-mask" in capsys.readouterr().out
+    silent = EXAMPLE.read_text().replace("    keeps_documents_apart = True\n", "")
+    (tmp_path / "silent.py").write_text(silent)
+    spec = f"{tmp_path}/silent.py:MyAttention"
+    line = (
+        f"megalite: error: --reset-attention-mask: --attention {spec} does not say that it minds "
+        "documents (mask by call.starts, then set keeps_documents_apart = True in the class)\n"
+    )
+    for command in ("verify", "pretrain --device cpu"):
+        words = f"{command} --reset-attention-mask --attention {spec} --out {tmp_path}/run"
+        assert front.main(words.split()) == 2
+        shown = capsys.readouterr()
+        assert (shown.out, shown.err) == ("", line)
+    assert not (tmp_path / "run").exists()
+    space = Space(Config(model=ModelConfig(attention=spec)), max_ranks=1)
+    assert space.factors["reset_attention_mask"] == (False,), "random layouts leave it out"
+
+
 def test_own_attention_with_a_wrong_shard_names_its_tensor(outside_torchrun, tmp_path, capsys):
     # The temperatures are held whole and each rank uses its own heads': the Shard does not say
     # that their gradient is then partial.
@@ -132,8 +153,9 @@ def compared(ranks, tmp_path_factory):
     """The Result of a layout whose ranks run a job of ours in place of the library's."""
     folder = tmp_path_factory.mktemp("verify")
 
-    def result(job: str, layout: dict, **kwargs):
-        config = Config(model=MODEL, layout=LayoutConfig(**layout))
+    def result(job: str, layout: dict, documents: bool = False, **kwargs):
+        data = DataConfig(reset_attention_mask=documents)
+        config = Config(model=MODEL, layout=LayoutConfig(**layout), data=data)
         row = given_row(config, most=16)
         asked = {"config": row.config.to_dict(), "precision": "fp64", "steps": 2, "varying": False}
         ref = str(reference_of(row, ranks, folder, 2))
@@ -163,6 +185,14 @@ def test_shard_that_forgets_its_blocks_names_its_tensor(compared):
     result = compared("compare", {"tp": 2}, attention="CutAsOneBlock")
     assert not result.ok and result.first.name.endswith("attention.qkv.weight")
     assert result.first.kind == "grad" and "cut over (tp, -)" in result.first.shard
+
+
+@pytest.mark.parametrize("attention", ["Attention", "SeesAcrossDocuments"])
+def test_documents_forgotten_over_context_ranks_are_found(compared, attention):
+    result = compared("compare", {"cp": 2}, documents=True, attention=attention)
+    assert result.ok == (attention == "Attention")
+    if result.first is not None:
+        assert (result.first.kind, result.first.step) == ("grad", 0) and result.first.error > 0.01
 
 
 def test_shard_cut_along_another_dimension_fails(compared):

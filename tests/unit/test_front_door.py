@@ -131,6 +131,12 @@ COMMAND_LINE = [
     ("--pp-layers 3,x", "--pp-layers 3,x: expected integers as 3,3,2,2"),
     ("--device gpu", "--device gpu: expected one of auto, cpu, cuda"),
     ("--resume=yes", "--resume: takes no value (use --resume or --no-resume)"),
+    ("--reset-attention-mask=1",
+     "--reset-attention-mask: takes no value (use --reset-attention-mask or "
+     "--no-reset-attention-mask)"),
+    ("--reset-attention-mask true", "unexpected argument 'true' (see megalite pretrain --help)"),
+    ("--reset-attention-masks",
+     "unknown option --reset-attention-masks (did you mean --reset-attention-mask?)"),
     ("--out ''", "--out: must not be empty"),
     ("--data ''", "--data: must not be empty"),
     ("junk", "unexpected argument 'junk' (see megalite pretrain --help)"),
