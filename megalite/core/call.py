@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from megalite.core.mesh import Axis
+from megalite.core.recompute import Parts
 from megalite.core.shard import CONTEXT_ORDER, sequence_multiple, sequence_positions
 
 # s sequence on this context rank, b micro batch
@@ -70,6 +71,8 @@ class Call:
     """Where weight-gradient jobs wait for W; None runs them at once."""
     training: bool = True
     """Dropout is on."""
+    parts: Parts | None = None
+    """The parts of a layer that backward runs again; None keeps everything."""
 
     @property
     def seq_len(self) -> int:
@@ -114,6 +117,18 @@ class Call:
     def deferring(self, later: list[Callable[[], None]]) -> Call:
         """The same call with its weight gradients left in `later`."""
         return replace(self, later=later)
+
+    def recomputing(self, parts: Parts) -> Call:
+        """The same call with some parts run again in backward."""
+        return replace(self, parts=parts)
+
+    def part(self, name: str, fn: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """`fn(*inputs)`, one tensor: a part of a layer that --recompute-modules may name.
+
+        Where it does, nothing that `fn` makes is kept, its output neither. What `fn` uses besides
+        its inputs must be parameters, or not need a gradient; it must not write to its inputs.
+        """
+        return fn(*inputs) if self.parts is None else self.parts.run(name, fn, inputs)
 
 
 def make_call(

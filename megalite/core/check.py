@@ -28,6 +28,7 @@ from typing import (
 )
 
 from megalite.core.errors import DataError, UserError
+from megalite.core.recompute import PARTS
 from megalite.core.shard import CONTEXT_ORDER, sequence_multiple
 from megalite.schedule.check import check
 from megalite.schedule.custom import is_file, load_schedule
@@ -53,8 +54,8 @@ FIELDS: dict[str, str] = {
     ">= 0": "temperature top_k zero warmup_steps weight_decay clip_grad seed eval_interval "
     "save_interval",
     ">= 1": "num_layers hidden_size num_heads num_kv_heads ffn_hidden_size vocab_size seq_len "
-    "sliding_window tp pp cp dp vpp micro_batch_size global_batch_size train_steps log_interval "
-    "eval_samples world max_tokens num_samples random max_ranks steps",
+    "sliding_window tp pp cp dp vpp recompute_layers micro_batch_size global_batch_size "
+    "train_steps log_interval eval_samples world max_tokens num_samples random max_ranks steps",
     "in [0, 1)": "dropout attention_dropout beta1 beta2",
     "in (0, 1]": "wsd_decay_share top_p",
     "in [0, 1]": "min_lr_ratio",
@@ -207,6 +208,7 @@ def check_layout(config: Config, world_size: int) -> None:
     _check_tp(config)
     _check_cp(config)
     _check_stages(config)
+    _check_recompute(config)
     lay, train = config.layout, config.train
     if lay.zero > 3:
         raise UserError(f"--zero {lay.zero}: there are stages 0 to 3 (use one of them)")
@@ -321,6 +323,24 @@ def _check_stages(config: Config) -> None:
         )
     if sum(lay.pp_layers) != layers:
         raise UserError(f"{shown}: sums to {sum(lay.pp_layers)}, the model has {layers} layers")
+
+
+def _check_recompute(config: Config) -> None:
+    lay = config.layout
+    if lay.recompute_modules is not None:
+        if lay.recompute != "selective":
+            shown = ",".join(lay.recompute_modules)
+            raise UserError(
+                f"--recompute-modules {shown}: needs --recompute selective (got {lay.recompute})"
+            )
+        for name in lay.recompute_modules:
+            if name not in PARTS:
+                raise UserError(unknown("--recompute-modules", name, PARTS))
+    if lay.recompute_layers is not None and lay.recompute == "none":
+        raise UserError(
+            f"--recompute-layers {lay.recompute_layers}: needs --recompute selective or full "
+            "(got none)"
+        )
 
 
 def _check_schedule(config: Config, world_size: int) -> None:

@@ -111,8 +111,12 @@ class LayoutConfig:
     """ZeRO stage: 1 cuts the optimizer state over data ranks, 2 gradients too, 3 parameters too."""
     sequence_parallel: bool = True
     """Cut norms and residuals over tp along the sequence (does nothing at tp 1)."""
-    recompute: Literal["none", "full"] = "none"
-    """Keep all activations, or only each layer's input and run the layer again in backward."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Keep all activations; all but what cheap parts make; or only each layer's input."""
+    recompute_modules: tuple[str, ...] | None = None
+    """Parts selective runs again in backward (None: core-attention,norm,activation)."""
+    recompute_layers: int | None = None
+    """Recompute only in the first layers of each stage, this many of them (None: all)."""
     bucket_mb: float | None = None
     """Gradient bucket size in MB (None: 4 on gloo, 64 on NCCL)."""
 

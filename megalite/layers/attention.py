@@ -9,6 +9,7 @@ class with this constructor and forward; over cp it has to mind `call.context`, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from math import sqrt
 
 from torch import Tensor, nn
@@ -67,9 +68,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
         """Project, attend over the whole sequence, of which s rows are here, project back."""
+        fused = self.qkv(x, call)  # [s, b, (n + 2m) d]
+        y = call.part("core-attention", partial(self._core, call), fused)  # [s, b, n d]
+        return self.out(y, call)
+
+    def _core(self, call: Call, fused: Tensor) -> Tensor:
         n, m, d = self.num_heads, self.kv_heads, self.head_dim
-        fused = self.qkv(x, call).unflatten(-1, (n + 2 * m, d))  # [s, b, (n + 2m), d]
-        q, k, v = fused.split((n, m, m), dim=2)
+        q, k, v = fused.unflatten(-1, (n + 2 * m, d)).split((n, m, m), dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope is not None:
@@ -83,8 +88,7 @@ class Attention(nn.Module):
             first_head=self.first_head,
             starts=call.starts,
         )
-        y = attend(core, q, k, v, call)  # [s, b, n, d]
-        return self.out(y.flatten(2), call)
+        return attend(core, q, k, v, call).flatten(2)
 
 
 ATTENTION: dict[str, Callable[..., nn.Module]] = {"softmax": Attention}

@@ -55,9 +55,9 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
         """[r, b, h] -> [r, b, h]."""
-        y = self.attention(self.attention_norm(x), call)
+        y = self.attention(call.part("norm", self.attention_norm, x), call)
         x = x + dropout(y, self.p, self.keys[0], call)
-        y = self.mlp(self.mlp_norm(x), call)
+        y = self.mlp(call.part("norm", self.mlp_norm, x), call)
         return x + dropout(y, self.p, self.keys[1], call)
 
 

@@ -22,7 +22,7 @@ from megalite.core.config import Config
 from megalite.core.errors import UserError
 from megalite.core.mesh import Mesh
 from megalite.core.params import initialize
-from megalite.core.unit import RECOMPUTE
+from megalite.core.unit import recomputing
 from megalite.core.world import World
 from megalite.layers.attention import load_attention
 from megalite.models.build import build_stages
@@ -174,7 +174,12 @@ def build_engine(
             attention=attention or attention_of(config),
         )
     for stage in stages.values():
-        stage.run_unit = RECOMPUTE[layout.recompute]
+        stage.run_unit = recomputing(
+            stage,
+            layout.recompute,
+            modules=layout.recompute_modules,
+            layers=layout.recompute_layers,
+        )
     megabytes = layout.bucket_mb if layout.bucket_mb is not None else BUCKET_MB[device.type]
     zero = Zero(stages, mesh, stage=layout.zero, bucket_bytes=megabytes * 2**20, device=device)
     for stage in stages.values():
