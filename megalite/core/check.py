@@ -55,7 +55,7 @@ FIELDS: dict[str, str] = {
     ">= 1": "num_layers hidden_size num_heads num_kv_heads ffn_hidden_size vocab_size seq_len "
     "sliding_window tp pp cp dp vpp micro_batch_size global_batch_size train_steps log_interval "
     "eval_samples world max_tokens num_samples random max_ranks steps",
-    "in [0, 1)": "dropout attention_dropout beta1 beta2",
+    "in [0, 1)": "dropout attention_dropout beta1 beta2 momentum",
     "in (0, 1]": "wsd_decay_share top_p",
     "in [0, 1]": "min_lr_ratio",
 }

@@ -133,8 +133,8 @@ class DataConfig:
 class OptimConfig:
     """The optimizer and its learning rate."""
 
-    optimizer: Literal["adamw"] = "adamw"
-    """Update rule."""
+    optimizer: str = "adamw"
+    """Update rule: adamw, sgd, muon (the rest by adamw), or your own as FILE.py:NAME."""
     lr: float = 3e-4
     """Peak learning rate, reached after warmup_steps."""
     min_lr_ratio: float = 0.1
@@ -148,9 +148,11 @@ class OptimConfig:
     wsd_decay_share: float = 0.2
     """Share of the run that WSD spends decaying, at its end."""
     beta1: float = 0.9
-    """Decay of the gradient's running mean."""
+    """Decay of adamw's running mean of the gradient."""
     beta2: float = 0.95
-    """Decay of the squared gradient's running mean."""
+    """Decay of adamw's running mean of the squared gradient."""
+    momentum: float = 0.95
+    """Decay of the momentum of sgd and muon."""
     eps: float = 1e-8
     """Added to the root of the squared mean."""
     weight_decay: float = 0.1

@@ -27,6 +27,7 @@ from megalite.core.world import World
 from megalite.models.build import build_stages
 from megalite.models.gpt import GPT
 from megalite.optim.optimizer import Optimizer
+from megalite.optim.rules import Rules
 from megalite.parallel.pipeline import Pipeline
 from megalite.parallel.zero import Zero
 from megalite.schedule.action import Schedule
@@ -163,11 +164,19 @@ def build_engine(
     for stage in stages.values():
         stage.run_unit = RECOMPUTE[layout.recompute]
     megabytes = layout.bucket_mb if layout.bucket_mb is not None else BUCKET_MB[device.type]
-    zero = Zero(stages, mesh, stage=layout.zero, bucket_bytes=megabytes * 2**20, device=device)
+    rules = Rules(config.optim)
+    zero = Zero(
+        stages,
+        mesh,
+        stage=layout.zero,
+        bucket_bytes=megabytes * 2**20,
+        device=device,
+        rule_of=rules.of,
+    )
     for stage in stages.values():
         initialize(stage, config.train.seed)
     zero.keep_params()
-    optimizer = Optimizer(zero, config.optim)
+    optimizer = Optimizer(zero, config.optim, rules)
     pipeline = Pipeline(
         make, stages, mesh, dtype=dtype, device=device, enter=zero.enter, reduce=zero.reduce
     )
