@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from megalite.core.check import unknown
 from megalite.core.config import OptimConfig
 from megalite.core.errors import UserError
+from megalite.core.params import is_hidden_matrix
 from megalite.core.shard import Shard
 from megalite.optim.adamw import AdamW
 from megalite.optim.muon import Muon
@@ -50,11 +51,6 @@ class Rules:
         return (self.name, matrix) if taken else (OTHERS, False)
 
 
-def is_hidden_matrix(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether this is a matrix inside a layer: no table, head, norm, bias or position."""
-    return name.startswith("layers.") and len(shape) == 2
-
-
 def load_rule(spec: str) -> Any:
     """The class that `spec` names: one of OPTIMIZERS, or a user's own as FILE.py:NAME.
 
@@ -75,7 +71,7 @@ def load_rule(spec: str) -> Any:
 def _check_rule(spec: str, rule: Any) -> None:
     """Raise UserError unless it has all that a rule must have."""
 
-    def refuse(what: str) -> None:
+    def refuse(what: str) -> NoReturn:
         raise UserError(f"--optimizer {spec}: {what}")
 
     if not inspect.isclass(rule):

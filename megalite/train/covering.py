@@ -60,6 +60,9 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "num_kv_heads": (None, 1, 2, 3, 4),
     "dropout": (0.0, 0.2),
     "attention_dropout": (0.0, 0.1),
+    "optimizer": ("adamw", "muon", "sgd"),
+    "mup_base_width": (None, 16),
+    "ramp": (False, True),
 }
 HEADS = 12
 """Of every drawn model: all values of tp and of num_kv_heads divide it."""
@@ -127,7 +130,9 @@ class Space:
             return values if plain else ("gpt",)
         if name == "uneven" and base.layout.pp_layers is not None:
             return (False,)
-        for group in (base.layout, base.model, base.train):
+        if name == "ramp" and base.train.rampup_batch_size is not None:
+            return (True,)
+        for group in (base.layout, base.model, base.train, base.optim):
             if hasattr(group, name) and getattr(group, name) != getattr(type(group)(), name):
                 return (getattr(group, name),)
         return values
@@ -281,12 +286,20 @@ def config_of(row: Row, base: Config) -> Config:
     layout: LayoutConfig = replace(base.layout, **_fields_in(row, base.layout))
     if row["uneven"]:
         layout = replace(layout, pp_layers=layers)
+    unit = row["micro_batch_size"] * row["dp"]
     train = replace(
         base.train,
         **_fields_in(row, base.train),
-        global_batch_size=row["microbatches"] * row["micro_batch_size"] * row["dp"],
+        global_batch_size=row["microbatches"] * unit,
+        rampup_batch_size=small_ramp(unit, row["microbatches"]) if row["ramp"] else None,
     )
-    return replace(base, model=model, layout=layout, train=train)
+    optim = replace(base.optim, **_fields_in(row, base.optim))
+    return replace(base, model=model, layout=layout, train=train, optim=optim)
+
+
+def small_ramp(unit: int, microbatches: int) -> tuple[int, int, int] | None:
+    """A ramp that the first three steps see; `unit` samples are one microbatch of every rank."""
+    return (unit, (microbatches - 1) * unit, 2 * unit) if microbatches > 1 else None
 
 
 def _fields_in(row: Row, group: Any) -> Row:

@@ -142,8 +142,9 @@ def calls_of(engine: Engine, step: int, varying: bool, blank: Sequence[int] = ()
     cut = mesh.axis("tp") if config.layout.sequence_parallel else None
     context = Context(mesh.axis("cp"), config.layout.cp_form)
     calls = []
-    for m in range(config.num_microbatches(mesh.world_size)):
-        first = step * config.train.global_batch_size + (m * dp.size + dp.idx) * size
+    before = config.samples_after(step)
+    for m in range(config.num_microbatches(mesh.world_size, config.batch_at(before))):
+        first = before + (m * dp.size + dp.idx) * size
         length = s - (first // size % 3) * (s // 4) if varying else s
         rows, masks = [], []
         for number in range(first, first + size):
@@ -223,10 +224,11 @@ def compare(
         _compare_weights(engine, 0, "init", want, findings)
     owned = 0
     for step in range(steps):
-        found = forward_backward(engine, calls_of(engine, step, varying, blank))
+        calls = calls_of(engine, step, varying, blank)
+        found = forward_backward(engine, calls)
         _compare_scalars(found, step, want, findings)
         zero = engine.zero
-        assert zero.all_landed(engine.config.num_microbatches(world)), zero.landed
+        assert zero.all_landed(len(calls)), zero.landed
         owned += _compare_grads(engine, step, found.correction, want, findings)
         update(engine, found, lr=engine.config.optim.lr)
         with engine.zero.whole_params():
