@@ -29,13 +29,17 @@ from megalite.core.config import OptimConfig
 
 
 class Lion:
-    """The sign of a running mean: Chen et al. 2023 (arXiv 2302.06675), algorithm 2."""
+    """The sign of a running mean: Chen et al. 2023 (arXiv 2302.06675), algorithm 2.
+
+    Smoothed by --eps, so that a gradient which is zero but for rounding (that of a key's bias) does
+    not become a whole step: what differs in the last bit must not make different models.
+    """
 
     state_names = ("exp_avg",)  # a tensor each, zero at first; in checkpoints by this name
 
     def __init__(self, cfg: OptimConfig):
         # Every flag of OptimConfig is here; --beta1 and --beta2 mean to Lion what they do to Adam.
-        self.beta1, self.beta2 = cfg.beta1, cfg.beta2
+        self.beta1, self.beta2, self.eps = cfg.beta1, cfg.beta2, cfg.eps
 
     def update(
         self,
@@ -53,6 +57,7 @@ class Lion:
         `decay` is --weight-decay for matrices and 0 for norms and biases.
         """
         mean = state["exp_avg"]
-        direction = mean.lerp(grad, 1 - self.beta1).sign_()
+        ahead = mean.lerp(grad, 1 - self.beta1)
+        direction = ahead.div_(ahead.abs() + self.eps)
         param.mul_(1 - lr * decay).sub_(direction, alpha=lr)
         mean.lerp_(grad, 1 - self.beta2)
