@@ -162,7 +162,6 @@ def _pretrain(argv: list[str], environment: Mapping[str, str]) -> int:
         size = config.train.world or size
     config.check(size)
     check_paths(config)
-    _load("megalite.train.own_files:check_own_code")(config)
     if config.train.dry_run:
         if world.rank == 0:
             _load("megalite.plan.dry_run:dry_run")(config, size)

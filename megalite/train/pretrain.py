@@ -40,7 +40,7 @@ from megalite.train.evaluate import HeldOut, evaluate, held_out, sample
 from megalite.train.failure import Stop, Stopped, failures_told, forget_cause
 from megalite.train.loop import Reduced, train_step
 from megalite.train.metrics import Metrics, peak_memory_gb
-from megalite.train.own_files import as_tree, changed_files, own_files
+from megalite.train.own_files import as_tree, changed_files, check_own_code, own_files
 from megalite.train.pictures import draw_loss, draw_schedule, timeline
 
 SAMPLE_TOKENS = 40
@@ -62,6 +62,7 @@ class Run:
 
     def __init__(self, config: Config, world: World):
         self.config, self.world, self.out = config, world, Path(config.train.out)
+        check_own_code(config)
         if world.rank == 0:
             forget_cause(config)
         self.device = pick_device(config, world)

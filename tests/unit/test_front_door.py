@@ -89,7 +89,28 @@ LAYOUT = [
      "--schedule absent.py: cannot be read (No such file or directory)"),
     ("--pp 2 --schedule absent.py", 2,
      "--schedule absent.py: names no function (use FILE.py:NAME, or FILE.csv)"),
-    ("--optimizer adam", 1, "--optimizer adam: expected one of adamw"),
+    ("--optimizer adam", 2, "unknown --optimizer 'adam' (did you mean adamw? known: adamw, sgd, "
+     "muon, FILE.py:NAME)"),
+    ("--dry-run --optimizer adam", 1, "unknown --optimizer 'adam' (did you mean adamw? known: "
+     "adamw, sgd, muon, FILE.py:NAME)"),
+    ("--optimizer absent.py:Mine", 1,
+     "--optimizer absent.py: cannot be read (No such file or directory)"),
+    ("--mup-base-width 64 --optimizer muon", 1, "--mup-base-width 64: its learning rates are those "
+     "of Adam, not of --optimizer muon (use adamw)"),
+    ("--mup-base-width 0", 1, "--mup-base-width 0: must be an integer >= 1"),
+    ("--rampup-batch-size 4,4", 1,
+     "--rampup-batch-size 4,4: expected START,INCREMENT,SAMPLES, each at least 1"),
+    ("--rampup-batch-size 4,0,100", 1,
+     "--rampup-batch-size 4,0,100: expected START,INCREMENT,SAMPLES, each at least 1"),
+    ("--rampup-batch-size 4,5,100", 1, "--rampup-batch-size 4,5,100: from 4 by 5 does not come to "
+     "--global-batch-size 16 (choose START below it, at a distance that INCREMENT divides)"),
+    ("--rampup-batch-size 16,4,100", 1, "--rampup-batch-size 16,4,100: from 16 by 4 does not come "
+     "to --global-batch-size 16 (choose START below it, at a distance that INCREMENT divides)"),
+    ("--rampup-batch-size 4,4,100", 2, "--rampup-batch-size 4,4,100: a batch of 4 is no multiple "
+     "of --micro-batch-size 4 * dp 2 = 8 (START and INCREMENT must be)"),
+    ("--rampup-batch-size 8,4,100", 2, "--rampup-batch-size 8,4,100: a batch of 12 is no multiple "
+     "of --micro-batch-size 4 * dp 2 = 8 (START and INCREMENT must be)"),
+    ("--rampup-batch-size x", 1, "--rampup-batch-size x: expected integers as 3,3,2,2"),
     ("--zero 4", 2, "--zero 4: there are stages 0 to 3 (use one of them)"),
     ("--cp 2 --seq-len 254", 2, "--seq-len 254: --cp 2 --cp-form ring cut it 4 ways "
      "(nearest: 252, 256)"),
