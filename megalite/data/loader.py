@@ -137,13 +137,15 @@ class Loader:
         self.context = Context(mesh.axis("cp"), cp_form)
         self.reset_attention_mask = reset_attention_mask
 
-    def step(self, consumed: int) -> list[Call]:
+    def step(self, consumed: int, num_microbatches: int | None = None) -> list[Call]:
         """This rank's microbatches of the step that starts after `consumed` samples.
 
         Samples are dealt out microbatch by microbatch, and within one rank by rank.
+        `num_microbatches`: of this step (None: as of every other).
         """
         size, dp = self.micro_batch_size, self.mesh.axis("dp")
-        starts = [consumed + (m * dp.size + dp.idx) * size for m in range(self.num_microbatches)]
+        count = self.num_microbatches if num_microbatches is None else num_microbatches
+        starts = [consumed + (m * dp.size + dp.idx) * size for m in range(count)]
         return [self._call(range(start, start + size)) for start in starts]
 
     def ordered(self, first: int, count: int) -> list[Call]:

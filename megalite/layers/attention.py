@@ -63,7 +63,7 @@ class Attention(nn.Module):
         self.q_norm = Norm(cfg.head_dim, cfg, tp, row_sum=("tp",)) if cfg.qk_norm else None
         self.k_norm = Norm(cfg.head_dim, cfg, tp, row_sum=("tp",)) if cfg.qk_norm else None
         self.window, self.soft_cap = cfg.sliding_window, cfg.attention_soft_cap
-        self.p = cfg.attention_dropout
+        self.p, self.scale = cfg.attention_dropout, cfg.attention_scale
         self.key = rng.key(seed, "attention dropout", layer)
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
@@ -82,6 +82,7 @@ class Attention(nn.Module):
         core = CoreAttention(
             window=self.window,
             soft_cap=self.soft_cap,
+            scale=self.scale,
             p=self.p if call.training else 0.0,
             key=self.key,
             samples=call.samples,

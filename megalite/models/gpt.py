@@ -145,7 +145,10 @@ class GPT(nn.Module):
 
     def _head(self, x: Tensor, call: Call) -> Tensor:
         table = self.embedding.weight if self.cfg.tie_embeddings else self.head
-        logits = column_linear(self.final_norm(x), table, None, self.tp, call)  # [s, b, v/tp]
+        x = self.final_norm(x)
+        if self.cfg.width_ratio != 1:
+            x = x * self.cfg.width_ratio
+        logits = column_linear(x, table, None, self.tp, call)  # [s, b, v/tp]
         if self.cfg.logit_soft_cap is not None:
             logits = self.cfg.logit_soft_cap * torch.tanh(logits / self.cfg.logit_soft_cap)
         if call.labels is None:

@@ -24,16 +24,17 @@ from megalite.core.mesh import Mesh
 from megalite.core.params import initialize
 from megalite.core.unit import recomputing
 from megalite.core.world import World
-from megalite.layers.attention import load_attention
 from megalite.models.build import build_stages
 from megalite.models.gpt import GPT
 from megalite.optim.optimizer import Optimizer
+from megalite.optim.rules import Rules
 from megalite.parallel.pipeline import Pipeline
 from megalite.parallel.zero import Zero
 from megalite.schedule.action import Schedule
 from megalite.schedule.check import check
 from megalite.schedule.custom import load_schedule
 from megalite.train.agree import check_agreement
+from megalite.train.own_files import attention_of
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 BUCKET_MB = {"cpu": 4.0, "cuda": 64.0}
@@ -81,18 +82,6 @@ def schedule_maker(config: Config) -> Callable[[int], Schedule]:
         return made
 
     return schedule
-
-
-def attention_of(config: Config) -> Callable[..., nn.Module]:
-    """The attention class of a run. Raises UserError if it is not there, or not for this run."""
-    spec = config.model.attention
-    made = load_attention(spec)
-    if config.data.reset_attention_mask and not getattr(made, "keeps_documents_apart", False):
-        raise UserError(
-            f"--reset-attention-mask: --attention {spec} does not say that it minds documents "
-            "(mask by call.starts, then set keeps_documents_apart = True in the class)"
-        )
-    return made
 
 
 def pick_device(config: Config, world: World) -> torch.device:
@@ -181,11 +170,19 @@ def build_engine(
             layers=layout.recompute_layers,
         )
     megabytes = layout.bucket_mb if layout.bucket_mb is not None else BUCKET_MB[device.type]
-    zero = Zero(stages, mesh, stage=layout.zero, bucket_bytes=megabytes * 2**20, device=device)
+    rules = Rules(config.optim)
+    zero = Zero(
+        stages,
+        mesh,
+        stage=layout.zero,
+        bucket_bytes=megabytes * 2**20,
+        device=device,
+        rule_of=rules.of,
+    )
     for stage in stages.values():
         initialize(stage, config.train.seed)
     zero.keep_params()
-    optimizer = Optimizer(zero, config.optim)
+    optimizer = Optimizer(zero, config.optim, rules)
     pipeline = Pipeline(
         make, stages, mesh, dtype=dtype, device=device, enter=zero.enter, reduce=zero.reduce
     )

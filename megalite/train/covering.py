@@ -21,7 +21,8 @@ from megalite.core.config import Config, LayoutConfig
 from megalite.core.errors import UserError
 from megalite.schedule.custom import is_file
 from megalite.schedule.generators import SCHEDULES
-from megalite.train.build import attention_of, schedule_maker
+from megalite.train.build import schedule_maker
+from megalite.train.own_files import attention_of
 
 Row = dict[str, Any]
 """A value for every factor."""
@@ -63,6 +64,9 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "num_kv_heads": (None, 1, 2, 3, 4),
     "dropout": (0.0, 0.2),
     "attention_dropout": (0.0, 0.1),
+    "optimizer": ("adamw", "muon", "sgd"),
+    "mup_base_width": (None, 16),
+    "ramp": (False, True),
 }
 TRIPLES = (("schedule", "recompute", "zero"),)
 """What holds gradients and activations, and for how long."""
@@ -140,7 +144,9 @@ class Space:
             return (False,)
         if name == "reset_attention_mask" and not _minds_documents(base):
             return (False,)
-        for group in (base.layout, base.model, base.data, base.train):
+        if name == "ramp" and base.train.rampup_batch_size is not None:
+            return (True,)
+        for group in (base.layout, base.model, base.data, base.train, base.optim):
             if hasattr(group, name) and getattr(group, name) != getattr(type(group)(), name):
                 return (getattr(group, name),)
         return values
@@ -317,13 +323,16 @@ def config_of(row: Row, base: Config) -> Config:
     layout: LayoutConfig = replace(base.layout, **_fields_in(row, base.layout))
     if row["uneven"]:
         layout = replace(layout, pp_layers=layers)
+    unit = row["micro_batch_size"] * row["dp"]
     train = replace(
         base.train,
         **_fields_in(row, base.train),
-        global_batch_size=row["microbatches"] * row["micro_batch_size"] * row["dp"],
+        global_batch_size=row["microbatches"] * unit,
+        rampup_batch_size=small_ramp(unit, row["microbatches"]) if row["ramp"] else None,
     )
     data = replace(base.data, **_fields_in(row, base.data))
-    return replace(base, model=model, layout=layout, data=data, train=train)
+    optim = replace(base.optim, **_fields_in(row, base.optim))
+    return replace(base, model=model, layout=layout, data=data, train=train, optim=optim)
 
 
 def _minds_documents(base: Config) -> bool:
@@ -332,6 +341,11 @@ def _minds_documents(base: Config) -> bool:
     except UserError:
         return False
     return True
+
+
+def small_ramp(unit: int, microbatches: int) -> tuple[int, int, int] | None:
+    """A ramp that the first three steps see; `unit` samples are one microbatch of every rank."""
+    return (unit, (microbatches - 1) * unit, 2 * unit) if microbatches > 1 else None
 
 
 def _fields_in(row: Row, group: Any) -> Row:

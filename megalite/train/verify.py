@@ -148,8 +148,9 @@ def calls_of(engine: Engine, step: int, varying: bool, blank: Sequence[int] = ()
     cut = mesh.axis("tp") if config.layout.sequence_parallel else None
     context = Context(mesh.axis("cp"), config.layout.cp_form)
     calls = []
-    for m in range(config.num_microbatches(mesh.world_size)):
-        first = step * config.train.global_batch_size + (m * dp.size + dp.idx) * size
+    before = config.samples_after(step)
+    for m in range(config.num_microbatches(mesh.world_size, config.batch_at(before))):
+        first = before + (m * dp.size + dp.idx) * size
         numbers = range(first, first + size)
         lengths = [s - number % 3 * (s // 4) if varying else s for number in numbers]
         masks = [np.random.default_rng([9, number]).random(s) < MASKED for number in numbers]
@@ -284,7 +285,7 @@ def _compare_step(
 def save_after(engine: Engine, steps: int, root: Path) -> None:
     """Save a checkpoint of an engine that has taken that many steps."""
     config = engine.config
-    samples = steps * config.train.global_batch_size
+    samples = config.samples_after(steps)
     tokens = samples * config.model.seq_len
     tree = json.loads(json.dumps(config.to_dict()))
     facts = Manifest(steps, samples, tokens, optimizer_steps=steps, config=tree, made_with={})

@@ -22,7 +22,6 @@ from typing import Any
 from megalite.core.check import check_precision
 from megalite.core.config import Config, LayoutConfig, ModelConfig
 from megalite.core.errors import RunError, UserError
-from megalite.train.build import attention_of
 from megalite.train.covering import (
     TRIPLES,
     Combo,
@@ -31,7 +30,9 @@ from megalite.train.covering import (
     Space,
     draw_rows,
     name_of,
+    small_ramp,
 )
+from megalite.train.own_files import check_own_code
 from megalite.train.ranks import Ranks
 from megalite.train.verify import TOL, Gap, gap_from, most_urgent
 from megalite.train.verify_args import VerifyRun
@@ -79,7 +80,7 @@ def verify(run: VerifyRun) -> int:
     precision = _precision(config)
     if asked.json and not Path(asked.json).absolute().parent.is_dir():
         raise UserError(f"--json {asked.json}: no such directory {Path(asked.json).parent}")
-    attention_of(config)  # its mistakes are told here, and not by each rank
+    check_own_code(config)  # its mistakes are told here, and not by each rank
     drawn: list[Drawn] = []
     coverage: Coverage | None = None
     if asked.random is None:
@@ -165,6 +166,7 @@ def small_config(config: Config, world: int) -> Config:
     lay, train = config.layout, config.train
     microbatches = min(config.num_microbatches(world), 2 * lay.pp * lay.vpp + 1)
     micro = min(train.micro_batch_size, 2)
+    unit = micro * config.data_ranks(world)
     return replace(
         config,
         model=small_model(config),
@@ -178,7 +180,8 @@ def small_config(config: Config, world: int) -> Config:
         train=replace(
             train,
             micro_batch_size=micro,
-            global_batch_size=micro * microbatches * config.data_ranks(world),
+            global_batch_size=microbatches * unit,
+            rampup_batch_size=small_ramp(unit, microbatches) if train.rampup_batch_size else None,
         ),
     )
 

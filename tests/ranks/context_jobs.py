@@ -18,7 +18,14 @@ BATCH, HEADS, HEAD_DIM = 2, 4, 6
 
 
 def core_of(how: dict[str, Any], samples: torch.Tensor) -> CoreAttention:
-    plain = {"window": None, "soft_cap": None, "p": 0.0, "key": 7, "first_head": 8}
+    plain = {
+        "window": None,
+        "soft_cap": None,
+        "scale": HEAD_DIM**-0.5,
+        "p": 0.0,
+        "key": 7,
+        "first_head": 8,
+    }
     return CoreAttention(samples=samples, **{**plain, **how})
 
 

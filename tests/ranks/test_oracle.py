@@ -51,6 +51,12 @@ EVERYTHING = replace(
 WINDOW = replace(GPT, sliding_window=3)
 LONG = replace(GPT, seq_len=16)
 DROPOUT = replace(GPT, dropout=0.2, attention_dropout=0.1)
+MUP = replace(GPT, mup_base_width=16)
+MUON = {"optimizer": "muon"}
+LION = {
+    "optimizer": f"{Path(__file__).resolve().parents[2]}/examples/my_optimizer.py:Lion",
+    "lr": 1e-3,
+}
 SMALL = replace(GPT, num_layers=1, hidden_size=12, num_heads=3)
 MY_SCHEDULE = f"{Path(__file__).resolve().parents[2]}/examples/my_schedule.py:my_schedule"
 
@@ -75,6 +81,8 @@ class Row:
     dtype: str = "float64"
     blank: tuple[int, ...] = ()
     """Positions whose labels take no part."""
+    optim: dict[str, Any] = field(default_factory=dict)
+    ramp: tuple[int, ...] | None = None
 
     @property
     def world(self) -> int:
@@ -91,8 +99,12 @@ class Row:
 
     def _with(self, layout: LayoutConfig, micro: int) -> Config:
         # eps keeps a gradient that is zero but for rounding from becoming a whole step
-        optim = OptimConfig(lr=1e-2, eps=1e-4, clip_grad=0.5)
-        train = TrainConfig(micro_batch_size=micro, global_batch_size=self.batch)
+        optim = OptimConfig(**{"lr": 1e-2, "eps": 1e-4, "clip_grad": 0.5, **self.optim})
+        train = TrainConfig(
+            micro_batch_size=micro,
+            global_batch_size=self.batch,
+            rampup_batch_size=self.ramp,
+        )
         data = DataConfig(reset_attention_mask=self.documents)
         return Config(model=self.model, layout=layout, data=data, optim=optim, train=train)
 
@@ -264,6 +276,27 @@ ROWS = [
     Row("cp2 dp2 gather, all of one rank masked", GPT, {"cp": 2, "dp": 2, "cp_form": "gather"},
         blank=held_by(0)),
     Row("float32 tp2 cp2", GPT, {"tp": 2, "cp": 2}, dtype="float32"),
+    Row("muon tp2 dp2 zero0", GPT, {"tp": 2, "dp": 2, "zero": 0}, optim=MUON),
+    Row("muon tp2 dp2 zero1", LLAMA, {"tp": 2, "dp": 2}, optim=MUON),
+    Row("muon tp2 dp2 zero2", GPT, {"tp": 2, "dp": 2, "zero": 2}, optim=MUON),
+    Row("muon tp2 pp2 dp2 zero3", GPT, {"tp": 2, "pp": 2, "dp": 2, "zero": 3}, optim=MUON),
+    Row("muon tp2 dp2 zero3 no-sp", LLAMA,
+        {"tp": 2, "dp": 2, "zero": 3, "sequence_parallel": False}, optim=MUON),
+    Row("muon tp3", GPT, {"tp": 3}, optim=MUON),
+    Row("muon kv2 tp4 dp2 zero2", replace(LLAMA, num_kv_heads=2), {"tp": 4, "dp": 2, "zero": 2},
+        optim=MUON),
+    Row("muon pp2 cp2 zb-h1", GPT, {"pp": 2, "cp": 2, "schedule": "zb-h1"}, optim=MUON),
+    Row("muon dp3 small buckets", LLAMA, {"dp": 3, "bucket_mb": 0.02}, batch=12, optim=MUON),
+    Row("muon dp8, more ranks than matrices", replace(GPT, num_layers=1), {"dp": 8, "zero": 3},
+        optim=MUON),
+    Row("float32 muon tp2", GPT, {"tp": 2}, dtype="float32", optim=MUON),
+    Row("sgd tp2 dp2 zero2", GPT, {"tp": 2, "dp": 2, "zero": 2}, optim={"optimizer": "sgd"}),
+    Row("custom optimizer tp2 dp2 zero3", GPT, {"tp": 2, "dp": 2, "zero": 3}, optim=LION),
+    Row("muP tp2 pp2", MUP, {"tp": 2, "pp": 2}),
+    Row("muP untied tp2 cp2 dp2 zero3", replace(MUP, tie_embeddings=False),
+        {"tp": 2, "cp": 2, "dp": 2, "zero": 3}),
+    Row("ramp pp2 dp2", GPT, {"pp": 2, "dp": 2}, ramp=(4, 4, 12)),
+    Row("ramp dp2 zero3 lengths vary", GPT, {"dp": 2, "zero": 3}, varying=True, ramp=(8, 8, 8)),
     Row("custom schedule pp3 dp2", GPT, {"pp": 3, "dp": 2, "schedule": MY_SCHEDULE}, batch=20),
     Row("documents tp2 cp2 pp2 ring", EVERYTHING, {"tp": 2, "cp": 2, "pp": 2}, documents=True,
         varying=True),
@@ -348,6 +381,9 @@ EXTRA = {
     "documents dropout cp2 ring", "documents dropout tp2 cp2 ulysses",
     "documents window cp3 gather",
     *(row.name for row in SPLITS if row not in EVERYDAY_SPLITS),
+    "muon tp2 dp2 zero0", "muon tp2 dp2 zero2", "muon tp2 dp2 zero3 no-sp", "muon tp3",
+    "muon dp3 small buckets", "float32 muon tp2", "muP untied tp2 cp2 dp2 zero3",
+    "ramp dp2 zero3 lengths vary",
 }  # fmt: skip
 """Rows whose features other rows have, in other company: run with --every-row."""
 
