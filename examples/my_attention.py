@@ -24,12 +24,16 @@ from megalite.core.mesh import Mesh
 from megalite.core.params import constant, gaussian, new_param
 from megalite.core.shard import Block, Shard
 from megalite.layers.linear import ColumnLinear, RowLinear
+from megalite.ops.softmax import attention_mask
 
 # s sequence, b micro batch, h hidden, n heads on this rank, d head_dim
 
 
 class MyAttention(nn.Module):
     """[s or s/tp, b, h] -> the same. The arguments are those that every attention gets."""
+
+    # It masks by call.starts, and so may run with --reset-attention-mask.
+    keeps_documents_apart = True
 
     def __init__(
         self, cfg: ModelConfig, mesh: Mesh, *, layer: int, seed: int, row_sum: tuple[str, ...]
@@ -59,5 +63,6 @@ class MyAttention(nn.Module):
         distance = call.positions[:, None] - call.positions  # [s, s]
         penalty = scores.new_tensor(self.slopes)[:, None, None] * distance
         scores = scores * self.temperature[:, None, None] - penalty
-        weights = scores.masked_fill(distance < 0, -torch.inf).softmax(-1)
+        mask = attention_mask(call.positions, call.positions, None, call.starts)
+        weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
         return self.out((weights @ v).permute(2, 0, 1, 3).flatten(2), call)  # [s, b, n d]

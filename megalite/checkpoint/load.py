@@ -81,7 +81,7 @@ class Reader:
         saved = self.manifest.tensors.get(name)
         if saved is None:
             raise CheckpointError(
-                f"{self.directory}: {name} is not in this checkpoint (another model?)"
+                f"{self.directory}: {name} is not in this checkpoint (another model, optimizer?)"
             )
         if saved.shape != shape:
             raise CheckpointError(

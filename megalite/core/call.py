@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from megalite.core.mesh import Axis
+from megalite.core.recompute import Parts
 from megalite.core.shard import CONTEXT_ORDER, sequence_multiple, sequence_positions
 
 # s sequence on this context rank, b micro batch
@@ -61,10 +63,16 @@ class Call:
     """The axis that cuts the residual stream along s, or None."""
     context: Context | None = None
     """The cut of whole sequences of which s is my part, or None."""
+    starts: Tensor | None = None
+    """[length, b] int64, of the whole sequence: the position at which the document of each token
+    starts. A document is contiguous and attention causal, so this says all about the documents in a
+    sample: position q sees positions starts[q] to q. None: a sample is one document."""
     later: list[Callable[[], None]] | None = None
     """Where weight-gradient jobs wait for W; None runs them at once."""
     training: bool = True
     """Dropout is on."""
+    parts: Parts | None = None
+    """The parts of a layer that backward runs again; None keeps everything."""
 
     @property
     def seq_len(self) -> int:
@@ -87,13 +95,40 @@ class Call:
     @property
     def row_positions(self) -> Tensor:
         """Positions of those rows."""
-        if self.seq_cut is None:
-            return self.positions
-        return self.positions.narrow(0, self.seq_cut.idx * self.rows, self.rows)
+        return self._my_rows(self.positions)
+
+    @cached_property
+    def places(self) -> Tensor:
+        """Place of each token in its document: [s, b], or [s, 1] where a sample is one document.
+
+        What position embeddings count by; what sees what, and dropout's names, go by `positions`.
+        """
+        at = self.positions[:, None]
+        return at if self.starts is None else at - self.starts[self.positions]
+
+    @property
+    def row_places(self) -> Tensor:
+        """Places of those rows of the residual stream that are on this rank."""
+        return self._my_rows(self.places)
+
+    def _my_rows(self, x: Tensor) -> Tensor:
+        return x if self.seq_cut is None else x.narrow(0, self.seq_cut.idx * self.rows, self.rows)
 
     def deferring(self, later: list[Callable[[], None]]) -> Call:
         """The same call with its weight gradients left in `later`."""
         return replace(self, later=later)
+
+    def recomputing(self, parts: Parts) -> Call:
+        """The same call with some parts run again in backward."""
+        return replace(self, parts=parts)
+
+    def part(self, name: str, fn: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """`fn(*inputs)`, one tensor: a part of a layer that --recompute-modules may name.
+
+        Where it does, nothing that `fn` makes is kept, its output neither. What `fn` uses besides
+        its inputs must be parameters, or not need a gradient; it must not write to its inputs.
+        """
+        return fn(*inputs) if self.parts is None else self.parts.run(name, fn, inputs)
 
 
 def make_call(
@@ -103,21 +138,25 @@ def make_call(
     *,
     seq_cut: Axis | None,
     context: Context | None = None,
+    starts: Tensor | None = None,
 ) -> Call:
     """A training call over this context rank's part of whole sequences [length, b].
 
-    Labels are those of the whole sequence, shifted already. A length that the context cut does not
-    divide is padded at its end with tokens that no other looks at, and labels that do not count.
+    Labels are those of the whole sequence, shifted already; `starts` are those of Call. A length
+    that the context cut does not divide is padded at its end with tokens that no other looks at,
+    and labels that do not count.
     """
     cut = seq_cut if seq_cut is not None and seq_cut.size > 1 else None
     context = context if context is not None and context.axis.size > 1 else None
     if context is not None:
-        missing = -tokens.shape[0] % context.multiple(cut.size if cut else 1)
+        length = tokens.shape[0]
+        missing = -length % context.multiple(cut.size if cut else 1)
         tokens = pad(tokens, (0, 0, 0, missing))
+        starts = starts if starts is None else pad(starts, (0, 0, 0, missing), value=length)
         labels = labels if labels is None else pad(labels, (0, 0, 0, missing), value=IGNORE)
     positions = torch.arange(tokens.shape[0], device=tokens.device)
     if context is not None:
         tokens, positions = context.take(tokens), context.take(positions)
         labels = labels if labels is None else context.take(labels)
     assert cut is None or tokens.shape[0] % cut.size == 0, (tuple(tokens.shape), cut)
-    return Call(tokens, labels, positions, samples, cut, context)
+    return Call(tokens, labels, positions, samples, cut, context, starts)

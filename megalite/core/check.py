@@ -29,6 +29,7 @@ from typing import (
 )
 
 from megalite.core.errors import DataError, UserError
+from megalite.core.recompute import PARTS
 from megalite.core.shard import CONTEXT_ORDER, sequence_multiple
 from megalite.schedule.check import check
 from megalite.schedule.custom import is_file, load_schedule
@@ -54,9 +55,10 @@ FIELDS: dict[str, str] = {
     ">= 0": "temperature top_k zero warmup_steps weight_decay clip_grad seed eval_interval "
     "save_interval",
     ">= 1": "num_layers hidden_size num_heads num_kv_heads ffn_hidden_size vocab_size seq_len "
-    "sliding_window tp pp cp dp vpp micro_batch_size global_batch_size train_steps log_interval "
-    "eval_samples world max_tokens num_samples random max_ranks steps",
-    "in [0, 1)": "dropout attention_dropout beta1 beta2",
+    "sliding_window mup_base_width tp pp cp dp vpp recompute_layers micro_batch_size "
+    "global_batch_size train_steps log_interval eval_samples world max_tokens num_samples random "
+    "max_ranks steps",
+    "in [0, 1)": "dropout attention_dropout beta1 beta2 momentum",
     "in (0, 1]": "wsd_decay_share top_p",
     "in [0, 1]": "min_lr_ratio",
 }
@@ -208,17 +210,24 @@ def check_layout(config: Config, world_size: int) -> None:
     _check_tp(config)
     _check_cp(config)
     _check_stages(config)
+    _check_recompute(config)
     lay, train = config.layout, config.train
     if lay.zero > 3:
         raise UserError(f"--zero {lay.zero}: there are stages 0 to 3 (use one of them)")
     step = train.micro_batch_size * config.data_ranks(world_size)
+    product = f"--micro-batch-size {train.micro_batch_size} * dp {config.data_ranks(world_size)}"
     batch = train.global_batch_size
     if batch % step:
         raise UserError(
-            f"--global-batch-size {batch}: not a multiple of --micro-batch-size "
-            f"{train.micro_batch_size} * dp {config.data_ranks(world_size)} = {step} "
+            f"--global-batch-size {batch}: not a multiple of {product} = {step} "
             f"(nearest: {choices(multiples_near(batch, step))})"
         )
+    for size in config.batch_sizes()[:2]:  # where two follow each other, so do all
+        if size % step:
+            raise UserError(
+                f"{_ramp_in_words(config)}: a batch of {size} is no multiple of {product} = {step} "
+                "(START and INCREMENT must be)"
+            )
     _check_schedule(config, world_size)
 
 
@@ -324,6 +333,24 @@ def _check_stages(config: Config) -> None:
         raise UserError(f"{shown}: sums to {sum(lay.pp_layers)}, the model has {layers} layers")
 
 
+def _check_recompute(config: Config) -> None:
+    lay = config.layout
+    if lay.recompute_modules is not None:
+        if lay.recompute != "selective":
+            shown = ",".join(lay.recompute_modules)
+            raise UserError(
+                f"--recompute-modules {shown}: needs --recompute selective (got {lay.recompute})"
+            )
+        for name in lay.recompute_modules:
+            if name not in PARTS:
+                raise UserError(unknown("--recompute-modules", name, PARTS))
+    if lay.recompute_layers is not None and lay.recompute == "none":
+        raise UserError(
+            f"--recompute-layers {lay.recompute_layers}: needs --recompute selective or full "
+            "(got none)"
+        )
+
+
 def _check_schedule(config: Config, world_size: int) -> None:
     """Raise UserError unless the schedule can have these sizes; a user's own is proven whole.
 
@@ -332,9 +359,9 @@ def _check_schedule(config: Config, world_size: int) -> None:
     lay = config.layout
     try:
         make = load_schedule(lay.schedule)
-        made = make(lay.pp, 1, lay.vpp)
-        if is_file(lay.schedule):
-            made = make(lay.pp, config.num_microbatches(world_size), lay.vpp)
+        make(lay.pp, 1, lay.vpp)
+        for batch in config.batch_sizes() if is_file(lay.schedule) else ():
+            made = make(lay.pp, config.num_microbatches(world_size, batch), lay.vpp)
             check(made, tied=(0, made.num_stages - 1) if config.model.tie_embeddings else None)
     except ValueError as e:
         raise UserError(f"--schedule {e}") from None
@@ -346,6 +373,12 @@ def check_train(config: Config) -> None:
     if optim.warmup_steps > train.train_steps:
         raise UserError(
             f"--warmup-steps {optim.warmup_steps}: more than --train-steps {train.train_steps}"
+        )
+    _check_ramp(config)
+    if config.model.mup_base_width is not None and optim.optimizer in ("sgd", "muon"):
+        raise UserError(
+            f"--mup-base-width {config.model.mup_base_width}: its learning rates are those of "
+            f"Adam, not of --optimizer {optim.optimizer} (use adamw)"
         )
     if train.world is not None and not train.dry_run:
         raise UserError(
@@ -364,6 +397,26 @@ def _check_traced(text: str, train_steps: int) -> None:
             f"--trace-steps {text}: the steps of this run are 1 to {train_steps}, the first named "
             "first"
         )
+
+
+def _check_ramp(config: Config) -> None:
+    """Raise UserError unless the batch grows from a smaller one to its size in whole increments."""
+    ramp, last = config.train.rampup_batch_size, config.train.global_batch_size
+    if ramp is None:
+        return
+    shown = _ramp_in_words(config)
+    if len(ramp) != 3 or any(not 1 <= n <= LARGEST_INT for n in ramp):
+        raise UserError(f"{shown}: expected START,INCREMENT,SAMPLES, each at least 1")
+    start, increment, _ = ramp
+    if start >= last or (last - start) % increment:
+        raise UserError(
+            f"{shown}: from {start} by {increment} does not come to --global-batch-size {last} "
+            "(choose START below it, at a distance that INCREMENT divides)"
+        )
+
+
+def _ramp_in_words(config: Config) -> str:
+    return "--rampup-batch-size " + ",".join(map(str, config.train.rampup_batch_size or ()))
 
 
 def check_precision(precision: str, device: str) -> None:

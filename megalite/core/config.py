@@ -15,6 +15,9 @@ from typing import Annotated, Any, Literal
 from megalite.core.check import check_fields, check_layout, check_model, check_train
 from megalite.core.errors import UserError
 
+FILES = "files"
+"""Beside the groups in config.json: path and sha256 of a user's own files. Nothing is set by it."""
+
 PathText = Annotated[str, "path"]
 """A path kept as text, as config.json has it; the command line expands its `~`."""
 
@@ -67,6 +70,8 @@ class ModelConfig:
     """Dropout on attention probabilities; above 0 takes the explicit softmax path."""
     init_std: float = 0.02
     """Spread of initial weights; projections into the residual divide it by sqrt(2 x layers)."""
+    mup_base_width: int | None = None
+    """muP: --lr and --init-std are right at this hidden size, and stay so at any (None: off)."""
 
     @property
     def kv_heads(self) -> int:
@@ -75,6 +80,18 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
+
+    @property
+    def width_ratio(self) -> float:
+        """muP's base width over ours; 1 where it is off."""
+        return 1.0 if self.mup_base_width is None else self.mup_base_width / self.hidden_size
+
+    @property
+    def attention_scale(self) -> float:
+        """What inner products of queries and keys are multiplied with: muP's 1 / d is for those
+        that have learned to be alike.
+        """
+        return self.head_dim ** (-0.5 if self.mup_base_width is None else -1.0)
 
     @property
     def ffn(self) -> int:
@@ -111,8 +128,12 @@ class LayoutConfig:
     """ZeRO stage: 1 cuts the optimizer state over data ranks, 2 gradients too, 3 parameters too."""
     sequence_parallel: bool = True
     """Cut norms and residuals over tp along the sequence (does nothing at tp 1)."""
-    recompute: Literal["none", "full"] = "none"
-    """Keep all activations, or only each layer's input and run the layer again in backward."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Keep all activations; all but what cheap parts make; or only each layer's input."""
+    recompute_modules: tuple[str, ...] | None = None
+    """Parts selective runs again in backward (None: core-attention,norm,activation)."""
+    recompute_layers: int | None = None
+    """Recompute only in the first layers of each stage, this many of them (None: all)."""
     bucket_mb: float | None = None
     """Gradient bucket size in MB (None: 4 on gloo, 64 on NCCL)."""
 
@@ -127,14 +148,18 @@ class DataConfig:
     """Prefix of the held-out pair (empty: no held-out loss)."""
     tokenizer: PathText = ""
     """tokenizer.json to decode samples and count bytes with (empty: the one beside the data)."""
+    reset_attention_mask: bool = False
+    """Documents in one sample do not see each other, and positions restart at each. The data's
+    index says where documents start; a document's last token still predicts the next one's first.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """The optimizer and its learning rate."""
 
-    optimizer: Literal["adamw"] = "adamw"
-    """Update rule."""
+    optimizer: str = "adamw"
+    """Update rule: adamw, sgd, muon (the rest by adamw), or your own as FILE.py:NAME."""
     lr: float = 3e-4
     """Peak learning rate, reached after warmup_steps."""
     min_lr_ratio: float = 0.1
@@ -148,9 +173,11 @@ class OptimConfig:
     wsd_decay_share: float = 0.2
     """Share of the run that WSD spends decaying, at its end."""
     beta1: float = 0.9
-    """Decay of the gradient's running mean."""
+    """Decay of adamw's running mean of the gradient."""
     beta2: float = 0.95
-    """Decay of the squared gradient's running mean."""
+    """Decay of adamw's running mean of the squared gradient."""
+    momentum: float = 0.95
+    """Decay of the momentum of sgd and muon."""
     eps: float = 1e-8
     """Added to the root of the squared mean."""
     weight_decay: float = 0.1
@@ -179,6 +206,8 @@ class TrainConfig:
     """Samples one rank runs at once."""
     global_batch_size: int = 16
     """Samples of one optimizer step, over all ranks and microbatches."""
+    rampup_batch_size: tuple[int, ...] | None = None
+    """Grow to it, as START,INCREMENT,SAMPLES: equal shares of that many samples at each size."""
     train_steps: int = 100
     """Optimizer steps."""
     log_interval: int = 10
@@ -222,11 +251,36 @@ class Config:
         lay = self.layout
         return lay.dp if lay.dp is not None else world_size // (lay.tp * lay.pp * lay.cp)
 
-    def num_microbatches(self, world_size: int) -> int:
-        """Microbatches one rank runs a step, of a world that `check` accepted."""
-        return self.train.global_batch_size // (
-            self.train.micro_batch_size * self.data_ranks(world_size)
-        )
+    def num_microbatches(self, world_size: int, batch: int | None = None) -> int:
+        """Microbatches one rank runs in a step of `batch` samples (None: global_batch_size), of a
+        world that `check` accepted.
+        """
+        batch = self.train.global_batch_size if batch is None else batch
+        return batch // (self.train.micro_batch_size * self.data_ranks(world_size))
+
+    def batch_sizes(self) -> range:
+        """Every size a step's batch can have, in order."""
+        train = self.train
+        last = train.global_batch_size
+        start, increment, _ = train.rampup_batch_size or (last, last, 0)
+        return range(start, last + 1, increment)
+
+    def batch_at(self, samples: int) -> int:
+        """Samples of the step that starts after `samples` of the run."""
+        sizes, ramp = self.batch_sizes(), self.train.rampup_batch_size
+        if ramp is None:
+            return sizes[-1]
+        return sizes[min(len(sizes) - 1, samples * (len(sizes) - 1) // ramp[2])]
+
+    def samples_after(self, steps: int) -> int:
+        """Samples of the first `steps` steps."""
+        samples, last = 0, self.train.global_batch_size
+        for step in range(steps):
+            batch = self.batch_at(samples)
+            if batch == last:
+                return samples + (steps - step) * last
+            samples += batch
+        return samples
 
     def check(self, world_size: int) -> None:
         """Raise UserError, alike on every rank, unless this can run on `world_size` ranks."""
@@ -247,6 +301,8 @@ class Config:
         if not isinstance(tree, dict):
             raise UserError("config: expected an object of groups")
         for name, values in tree.items():
+            if name == FILES:
+                continue
             if name not in groups:
                 raise UserError(f"config: unknown group {name!r} (known: {', '.join(groups)})")
             if not isinstance(values, dict):

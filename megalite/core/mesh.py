@@ -10,7 +10,7 @@ Axis.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from itertools import product
 from math import prod
@@ -42,6 +42,14 @@ class Axis:
     @property
     def is_fake(self) -> bool:
         return self.size > 1 and self.group is None
+
+    def at(self, idx: int) -> Axis:
+        """This axis and its factors as the rank at place `idx` of it sees them."""
+        factors, rest = [], idx
+        for factor in reversed(self.factors):
+            rest, place = divmod(rest, factor.size)
+            factors.append(replace(factor, idx=place))
+        return replace(self, idx=idx, factors=tuple(reversed(factors)))
 
     @property
     def named(self) -> dict[str, Axis]:

@@ -88,6 +88,11 @@ def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         yield name, param
 
 
+def is_hidden_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether this is a matrix inside a layer: no table, head, norm, bias or position."""
+    return name.startswith("layers.") and len(shape) == 2
+
+
 @torch.no_grad()
 def initialize(module: nn.Module, seed: int, chunk: int = 1 << 20) -> None:
     """Fill every parameter of `module` by name; rows beyond the whole tensor become zero."""

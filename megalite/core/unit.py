@@ -1,21 +1,21 @@
 """A part of a stage that runs as one: what is gathered, recomputed and dropped together.
 
 A stage (models/gpt.py) lists its units and runs each through its `run_unit`, which is the one place
-where something can be put around them: recomputation, and ZeRO-3's gathering around that
-(parallel/gather.py).
+where something can be put around them: recomputation (recompute.py), and ZeRO-3's gathering around
+that (parallel/gather.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from megalite.core.call import Call
+from megalite.core.recompute import PARTS, Parts, again
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,16 +49,38 @@ def plainly(unit: Unit, x: Tensor | None, call: Call) -> Tensor:
     return unit.run(x, call)
 
 
-def recomputed(unit: Unit, x: Tensor | None, call: Call) -> Tensor:
-    """Run a layer and keep nothing of it but its input; backward runs it again first.
+def recomputed(unit: Unit, x: Tensor, call: Call) -> Tensor:
+    """Run a unit and keep nothing of it but its input; backward runs it again first."""
+    return again(lambda x: unit.run(x, call), x)
 
-    Dropout masks have names, so there is no generator state to put back. Chen et al. 2016 (arXiv
-    1604.06174).
+
+def partly(names: Sequence[str]) -> Callable[[Unit, Tensor, Call], Tensor]:
+    """Runs a unit and keeps all but what its parts of these names make."""
+
+    def run(unit: Unit, x: Tensor, call: Call) -> Tensor:
+        with Parts(names) as parts:
+            return unit.run(x, call.recomputing(parts))
+
+    return run
+
+
+def recomputing(
+    stage: HasUnits, how: str, *, modules: Sequence[str] | None, layers: int | None
+) -> RunUnit:
+    """What runs the units of a stage, by the name of --recompute.
+
+    Its first `layers` layers (None: all) are run again in backward, whole or, by `modules`, in
+    part. The first, because they are the last to go back: their second runs then find the memory
+    that the others have freed.
     """
-    if x is None or not unit.is_layer or not torch.is_grad_enabled():
-        return unit.run(x, call)
-    return checkpoint(unit.run, x, call, use_reentrant=False, preserve_rng_state=False)
+    if how == "none":
+        return plainly
+    around = recomputed if how == "full" else partly(PARTS if modules is None else modules)
+    names = [unit.name for unit in stage.units() if unit.is_layer][:layers]
 
+    def run(unit: Unit, x: Tensor | None, call: Call) -> Tensor:
+        if x is None or unit.name not in names or not torch.is_grad_enabled():
+            return unit.run(x, call)
+        return around(unit, x, call)
 
-RECOMPUTE: dict[str, RunUnit] = {"none": plainly, "full": recomputed}
-"""How units are run, by the name of --recompute."""
+    return run

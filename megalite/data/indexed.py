@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import struct
 from array import array
+from bisect import bisect_left
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -130,15 +131,26 @@ class IndexedDataset:
         begin = HEADER.size
         self.lengths: np.ndarray = np.frombuffer(index, "<i4", num_sequences, begin)
         begin += 4 * num_sequences
-        pointers = np.frombuffer(index, "<i8", num_sequences, begin)
+        self._pointers: np.ndarray = np.frombuffer(index, "<i8", num_sequences, begin)
         begin += 8 * num_sequences
         self.document_indices: np.ndarray = np.frombuffer(index, "<i8", num_indices, begin)
-        self._check_index(pointers, bin_size)
+        self._check_index(self._pointers, bin_size)
         self.tokens: np.ndarray = np.memmap(self.bin_path, dtype=self.dtype, mode="r")
 
     @property
     def num_documents(self) -> int:
         return len(self.document_indices) - 1
+
+    def document_starts(self, first: int, stop: int) -> np.ndarray:
+        """Places in `tokens`, from `first` up to `stop`, at which a document starts, in order.
+
+        An empty document starts where the next one does.
+        """
+        # Not numpy's search: it copies the whole index, which does not lie at a multiple of 8.
+        low, high = (bisect_left(self._pointers, at * self.dtype.itemsize) for at in (first, stop))
+        documents = self.document_indices
+        here = documents[bisect_left(documents, low) : bisect_left(documents, high)]
+        return self._pointers[here] // self.dtype.itemsize
 
     def check_ids(self, vocab_size: int) -> None:
         """Raise DataError naming the first token outside the vocabulary; reads all, in pieces."""

@@ -8,7 +8,7 @@ computed per sample: there is no shuffle index to build or to store. Not here: t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol
@@ -36,6 +36,13 @@ class TokenSource(Protocol):
         """Tokens [s + 1] of window `idx`."""
         ...
 
+    def starts(self, idx: int) -> np.ndarray:
+        """Where in window `idx` the document of each of its s inputs starts: [s].
+
+        0 for the first one's, which may have begun before the window.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class Windows:
@@ -43,6 +50,8 @@ class Windows:
 
     tokens: np.ndarray
     seq_len: int
+    document_starts: Callable[[int, int], np.ndarray] | None = None
+    """Gives the places in a range of `tokens` at which documents start."""
 
     def __len__(self) -> int:
         return (len(self.tokens) - 1) // self.seq_len
@@ -52,14 +61,30 @@ class Windows:
         start = idx * self.seq_len
         return self.tokens[start : start + self.seq_len + 1]
 
+    def starts(self, idx: int) -> np.ndarray:
+        """Start of the document of each input [s] of window `idx`."""
+        assert self.document_starts is not None
+        first = idx * self.seq_len
+        begins = np.zeros(self.seq_len, dtype=bool)
+        begins[self.document_starts(first, first + self.seq_len) - first] = True
+        return _last_begun(begins)
+
+
+def _last_begun(begins: np.ndarray) -> np.ndarray:
+    """For each place the last one, up to it, where `begins` holds; 0 where there is none."""
+    return np.maximum.accumulate(np.where(begins, np.arange(len(begins)), 0))
+
 
 class Synthetic:
     """An endless seeded Markov chain with a few likely successors per state: speed without files.
 
-    256 states scattered over the vocabulary; its entropy rate is about 0.8 nats.
+    256 states scattered over the vocabulary; its entropy rate is about 0.8 nats. A document starts
+    anywhere with the same chance, so lengths vary from 1 on; the chain goes on across.
     """
 
     _STEPS = np.cumsum([0.7, 0.2, 0.08])
+    _DOCUMENTS = 4
+    """Starts in a window, on average."""
 
     def __init__(self, vocab_size: int, seq_len: int, seed: int, length: int = 1 << 40):
         made = np.random.default_rng(seed)
@@ -80,6 +105,11 @@ class Synthetic:
         path = accumulate(branches, lambda state, branch: successors[state][branch], initial=start)
         return self.states[np.fromiter(path, dtype=np.int64, count=self.seq_len + 1)]
 
+    def starts(self, idx: int) -> np.ndarray:
+        """Start of the document of each input [s] of window `idx`."""
+        made = np.random.default_rng([self.seed, idx, 1])
+        return _last_begun(made.random(self.seq_len) * self.seq_len < self._DOCUMENTS)
+
 
 class Loader:
     """Gives this rank's microbatches of any step: its samples, and its part of each sequence."""
@@ -95,6 +125,7 @@ class Loader:
         device: torch.device,
         sequence_parallel: bool,
         cp_form: str = "ring",
+        reset_attention_mask: bool = False,
     ):
         if len(source) == 0:
             raise DataError(
@@ -104,14 +135,17 @@ class Loader:
         self.micro_batch_size, self.num_microbatches = micro_batch_size, num_microbatches
         self.seq_cut = mesh.axis("tp") if sequence_parallel else None
         self.context = Context(mesh.axis("cp"), cp_form)
+        self.reset_attention_mask = reset_attention_mask
 
-    def step(self, consumed: int) -> list[Call]:
+    def step(self, consumed: int, num_microbatches: int | None = None) -> list[Call]:
         """This rank's microbatches of the step that starts after `consumed` samples.
 
         Samples are dealt out microbatch by microbatch, and within one rank by rank.
+        `num_microbatches`: of this step (None: as of every other).
         """
         size, dp = self.micro_batch_size, self.mesh.axis("dp")
-        starts = [consumed + (m * dp.size + dp.idx) * size for m in range(self.num_microbatches)]
+        count = self.num_microbatches if num_microbatches is None else num_microbatches
+        starts = [consumed + (m * dp.size + dp.idx) * size for m in range(count)]
         return [self._call(range(start, start + size)) for start in starts]
 
     def ordered(self, first: int, count: int) -> list[Call]:
@@ -126,21 +160,20 @@ class Loader:
 
     def _call(self, numbers: range) -> Call:
         n = len(self.source)
-        rows = [
-            self.source.window(permuted(k % n, n, rng.key(self.seed, "epoch", k // n)))
-            for k in numbers
-        ]
-        return self._make(rows, list(numbers))
+        windows = [permuted(k % n, n, rng.key(self.seed, "epoch", k // n)) for k in numbers]
+        return self._make(windows, numbers)
 
     def _plain_call(self, start: int, size: int, stop: int) -> Call:
         numbers = range(start, start + size)
-        empty = np.full(len(self.source.window(0)), IGNORE)
-        rows = [self.source.window(k) if k < stop else empty for k in numbers]
-        return self._make(rows, list(numbers))
+        return self._make([k if k < stop else None for k in numbers], numbers)
 
-    def _make(self, rows: Sequence[np.ndarray], numbers: list[int]) -> Call:
-        both = torch.from_numpy(np.stack(rows).astype(np.int64).T.copy())  # [s + 1, b]
-        both = both.to(self.device, non_blocking=True)
+    def _make(self, windows: Sequence[int | None], numbers: range) -> Call:
+        """The call of these windows; None is a sample that does not count."""
+        both = self._columns([self._window(k) for k in windows])  # [s + 1, b]
+        starts = None
+        if self.reset_attention_mask:
+            one = np.zeros(len(both) - 1)
+            starts = self._columns([one if k is None else self.source.starts(k) for k in windows])
         samples = torch.tensor(numbers, dtype=torch.int64, device=self.device)
         return make_call(
             both[:-1].clamp(min=0),
@@ -148,7 +181,15 @@ class Loader:
             samples,
             seq_cut=self.seq_cut,
             context=self.context,
+            starts=starts,
         )
+
+    def _window(self, k: int | None) -> np.ndarray:
+        return np.full(len(self.source.window(0)), IGNORE) if k is None else self.source.window(k)
+
+    def _columns(self, rows: Sequence[np.ndarray]) -> torch.Tensor:
+        columns = torch.from_numpy(np.stack(rows).astype(np.int64).T.copy())
+        return columns.to(self.device, non_blocking=True)
 
 
 def permuted(idx: int, n: int, key: int) -> int:

@@ -2,12 +2,14 @@
 
 Fewer kv heads than tp ranks are replicated. Next: context.py, which brings together the queries and
 keys of a sequence cut over cp, and core_attention.py, which attends. A fork's own attention is a
-class with this constructor and forward; over cp it has to mind `call.context`.
+class with this constructor and forward; over cp it has to mind `call.context`, and with
+--reset-attention-mask `call.starts`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from math import sqrt
 
 from torch import Tensor, nn
@@ -34,6 +36,10 @@ from megalite.schedule.custom import load_callable
 class Attention(nn.Module):
     """[s or s/tp, b, h] -> the same."""
 
+    keeps_documents_apart = True
+    """It minds `call.starts`. All layouts of one that does not agree with each other, so that no
+    comparison would tell: a class has to say it."""
+
     def __init__(
         self, cfg: ModelConfig, mesh: Mesh, *, layer: int, seed: int, row_sum: tuple[str, ...]
     ):
@@ -57,14 +63,18 @@ class Attention(nn.Module):
         self.q_norm = Norm(cfg.head_dim, cfg, tp, row_sum=("tp",)) if cfg.qk_norm else None
         self.k_norm = Norm(cfg.head_dim, cfg, tp, row_sum=("tp",)) if cfg.qk_norm else None
         self.window, self.soft_cap = cfg.sliding_window, cfg.attention_soft_cap
-        self.p = cfg.attention_dropout
+        self.p, self.scale = cfg.attention_dropout, cfg.attention_scale
         self.key = rng.key(seed, "attention dropout", layer)
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
         """Project, attend over the whole sequence, of which s rows are here, project back."""
+        fused = self.qkv(x, call)  # [s, b, (n + 2m) d]
+        y = call.part("core-attention", partial(self._core, call), fused)  # [s, b, n d]
+        return self.out(y, call)
+
+    def _core(self, call: Call, fused: Tensor) -> Tensor:
         n, m, d = self.num_heads, self.kv_heads, self.head_dim
-        fused = self.qkv(x, call).unflatten(-1, (n + 2 * m, d))  # [s, b, (n + 2m), d]
-        q, k, v = fused.split((n, m, m), dim=2)
+        q, k, v = fused.unflatten(-1, (n + 2 * m, d)).split((n, m, m), dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope is not None:
@@ -72,13 +82,14 @@ class Attention(nn.Module):
         core = CoreAttention(
             window=self.window,
             soft_cap=self.soft_cap,
+            scale=self.scale,
             p=self.p if call.training else 0.0,
             key=self.key,
             samples=call.samples,
             first_head=self.first_head,
+            starts=call.starts,
         )
-        y = attend(core, q, k, v, call)  # [s, b, n, d]
-        return self.out(y.flatten(2), call)
+        return attend(core, q, k, v, call).flatten(2)
 
 
 ATTENTION: dict[str, Callable[..., nn.Module]] = {"softmax": Attention}

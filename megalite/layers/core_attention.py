@@ -8,7 +8,6 @@ brings queries and keys together.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import sqrt
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +27,8 @@ class CoreAttention:
 
     window: int | None
     soft_cap: float | None
+    scale: float
+    """Of the scores, 1 / sqrt(d) as a rule."""
     p: float
     """Dropout of the weights."""
     key: int
@@ -36,6 +37,8 @@ class CoreAttention:
     """[b] int64."""
     first_head: int
     """Number of the first query head here in the whole model."""
+    starts: Tensor | None = None
+    """[length, b]: that of the call."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, q_at: Tensor, k_at: Tensor) -> Tensor:
         """Queries [b, n, q, d] over keys and values [b, m, k, d] at these positions: [b, n, q, d].
@@ -44,13 +47,14 @@ class CoreAttention:
         """
         if self.soft_cap is None and self.p == 0:
             grouped = q.shape[1] != k.shape[1]
-            if self.window is None and k_at is q_at:
-                return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-            mask = attention_mask(q_at, k_at, self.window)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+            is_causal = self.window is None and self.starts is None and k_at is q_at
+            mask = None if is_causal else self._mask(q_at, k_at)
+            return F.scaled_dot_product_attention(
+                q, k, v, mask, is_causal=is_causal, scale=self.scale, enable_gqa=grouped
+            )
         k, v = _per_query_head(k, q), _per_query_head(v, q)
-        scores = self._capped(q @ k.transpose(-1, -2) / sqrt(q.shape[-1]))
-        weights = masked_softmax(scores, attention_mask(q_at, k_at, self.window))
+        scores = self._capped(q @ k.transpose(-1, -2) * self.scale)
+        weights = masked_softmax(scores, self._mask(q_at, k_at))
         return self._dropped(weights, q_at, k_at) @ v
 
     def partial(
@@ -91,7 +95,7 @@ class CoreAttention:
         weights = torch.exp(scores - finite(lse).unsqueeze(-1))
         dv = self._dropped(weights, q_at, k_at).to(dy.dtype).transpose(-1, -2) @ dy
         dweights = self._dropped((dy @ v.transpose(-1, -2)).to(wide), q_at, k_at)
-        dscores = weights * (dweights - dot.unsqueeze(-1)) * slope / sqrt(q.shape[-1])
+        dscores = weights * (dweights - dot.unsqueeze(-1)) * slope * self.scale
         dscores = dscores.to(q.dtype)
         dq, dk = dscores @ k, dscores.transpose(-1, -2) @ q
         by_kv_head = [t.to(wide).unflatten(1, (m, -1)).sum(2) for t in (dk, dv)]
@@ -101,10 +105,14 @@ class CoreAttention:
         self, q: Tensor, k: Tensor, q_at: Tensor, k_at: Tensor
     ) -> tuple[Tensor, Tensor | float]:
         """Masked scores [b, n, q, k] and the slope of their cap, which is 1 where there is none."""
-        raw = (q @ k.transpose(-1, -2)).to(acc_dtype(q.dtype)) / sqrt(q.shape[-1])
+        raw = (q @ k.transpose(-1, -2)).to(acc_dtype(q.dtype)) * self.scale
         scores = self._capped(raw)
         slope = 1.0 if self.soft_cap is None else 1.0 - (scores / self.soft_cap) ** 2
-        return scores.masked_fill(~attention_mask(q_at, k_at, self.window), -torch.inf), slope
+        return scores.masked_fill(~self._mask(q_at, k_at), -torch.inf), slope
+
+    def _mask(self, q_at: Tensor, k_at: Tensor) -> Tensor:
+        """Where a query may look at a key: [q, k], or [b, 1, q, k] where samples hold documents."""
+        return attention_mask(q_at, k_at, self.window, self.starts)
 
     def _capped(self, scores: Tensor) -> Tensor:
         if self.soft_cap is None:

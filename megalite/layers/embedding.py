@@ -82,5 +82,5 @@ class Positions(nn.Module):
         self.weight = new_param(cut, tp.named, init=gaussian(cfg.init_std))
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
-        """`x` [s or s/tp, b, h] plus the table's row of each position."""
-        return x + F.embedding(call.row_positions, self.weight)[:, None]
+        """`x` [s or s/tp, b, h] plus the table's row of each place."""
+        return x + F.embedding(call.row_places, self.weight)

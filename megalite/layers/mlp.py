@@ -37,5 +37,6 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
         """up, nonlinearity, down: f is cut over tp in between."""
-        x = self.activation(self.up(x, call))  # [s or s/tp, b, h] -> [s, b, f/tp]
+        x = self.up(x, call)  # [s or s/tp, b, h] -> [s, b, f/tp], for swiglu 2f/tp
+        x = call.part("activation", self.activation, x)  # [s, b, f/tp]
         return self.down(x, call)

@@ -1,4 +1,4 @@
-"""Rotary positions for one call: queries and keys share the angles of its positions."""
+"""Rotary positions for one call: queries and keys share the angles of its tokens' places."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from megalite.ops.rope import rope, rope_angles
 
 
 class Rope:
-    """Rotates queries and keys [s, b, n, d] by the positions of a call."""
+    """Rotates queries and keys [s, b, n, d] by the places of a call."""
 
     def __init__(self, cfg: ModelConfig):
         self.head_dim, self.theta = cfg.head_dim, cfg.rope_theta
-        self._positions: Tensor | None = None
+        self._places: Tensor | None = None
         self._angles: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, x: Tensor, call: Call) -> Tensor:
-        """`x` rotated; the angles are kept until a call with other positions comes."""
-        return rope(x, *self._angles_of(call.positions, x.dtype))
+        """`x` rotated; the angles are kept until a call with other places comes."""
+        return rope(x, *self._angles_of(call.places, x.dtype))
 
-    def _angles_of(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _angles_of(self, places: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         kept = self._angles
-        if kept is None or self._positions is not positions or kept[0].dtype != dtype:
-            kept = rope_angles(positions, self.head_dim, self.theta, dtype)
-            self._positions, self._angles = positions, kept
+        if kept is None or self._places is not places or kept[0].dtype != dtype:
+            kept = rope_angles(places, self.head_dim, self.theta, dtype)
+            self._places, self._angles = places, kept
         return kept

@@ -8,13 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
+from math import sqrt
 
-from torch import nn
+from torch import Tensor, nn
 
 from megalite.core.config import ModelConfig
 from megalite.core.mesh import Mesh
-from megalite.core.params import Traits, give_traits, traits_of
+from megalite.core.params import (
+    Traits,
+    give_traits,
+    is_hidden_matrix,
+    named_parameters,
+    traits_of,
+)
 from megalite.layers.attention import load_attention
 from megalite.models.gpt import GPT
 
@@ -93,11 +101,35 @@ def build_stages(
         for stage in range(count)
         if placement[stage] == mesh.coords["pp"]
     }
+    for made in mine.values():
+        scale_to_width(made, cfg)
     if cfg.tie_embeddings and count > 1 and {0, count - 1} <= mine.keys():
         shared = mine[0].embedding.weight
         give_traits(shared, _used_twice(traits_of(shared)))
         mine[count - 1].embedding.weight = shared
     return mine
+
+
+def scale_to_width(stage: nn.Module, cfg: ModelConfig) -> None:
+    """Make weights and learning rates of the matrices in layers those of muP, for this width.
+
+    Yang et al. 2022 (arXiv 2203.03466), table 8, for Adam: spread times sqrt(base width / width),
+    rate times base width / width. Tables, head, norms, biases and positions stay as they are. Also
+    of it: `ModelConfig.attention_scale`, and logits times base width / width. It takes for granted
+    that what is inside a layer grows like hidden_size.
+    """
+    ratio = cfg.width_ratio
+    if ratio == 1:
+        return
+    for name, param in named_parameters(stage):
+        traits = traits_of(param)
+        if is_hidden_matrix(name, traits.shard.shape):
+            init = partial(_times, traits.init, sqrt(ratio))
+            give_traits(param, replace(traits, init=init, lr_mult=traits.lr_mult * ratio))
+
+
+def _times(init: Callable[[int, Tensor], Tensor], factor: float, key: int, index: Tensor) -> Tensor:
+    return init(key, index) * factor
 
 
 def _used_twice(traits: Traits) -> Traits:

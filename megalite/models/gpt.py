@@ -55,9 +55,9 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
         """[r, b, h] -> [r, b, h]."""
-        y = self.attention(self.attention_norm(x), call)
+        y = self.attention(call.part("norm", self.attention_norm, x), call)
         x = x + dropout(y, self.p, self.keys[0], call)
-        y = self.mlp(self.mlp_norm(x), call)
+        y = self.mlp(call.part("norm", self.mlp_norm, x), call)
         return x + dropout(y, self.p, self.keys[1], call)
 
 
@@ -152,7 +152,10 @@ class GPT(nn.Module):
 
     def _head(self, x: Tensor, call: Call) -> Tensor:
         table = self.embedding.weight if self.cfg.tie_embeddings else self.head
-        logits = column_linear(self.final_norm(x), table, None, self.tp, call)  # [s, b, v/tp]
+        x = self.final_norm(x)
+        if self.cfg.width_ratio != 1:
+            x = x * self.cfg.width_ratio
+        logits = column_linear(x, table, None, self.tp, call)  # [s, b, v/tp]
         if self.cfg.logit_soft_cap is not None:
             logits = self.cfg.logit_soft_cap * torch.tanh(logits / self.cfg.logit_soft_cap)
         if call.labels is None:

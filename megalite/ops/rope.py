@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# s sequence, b micro batch, n heads, d head_dim
+# s sequence, b micro batch (or 1: the same for all), n heads, d head_dim
 
 
 def rope_angles(
-    positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype
+    places: Tensor, head_dim: int, theta: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [s, 1, 1, d/2] of each position's angles, computed in float64."""
-    exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64) / head_dim
-    angles = positions.to(torch.float64)[:, None] * theta**-exponent
-    return angles.cos()[:, None, None].to(dtype), angles.sin()[:, None, None].to(dtype)
+    """Cosine and sine [s, b, 1, d/2] of the angles of each place [s, b], computed in float64."""
+    exponent = torch.arange(0, head_dim, 2, device=places.device, dtype=torch.float64) / head_dim
+    angles = places.to(torch.float64)[:, :, None, None] * theta**-exponent
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

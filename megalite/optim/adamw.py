@@ -24,7 +24,7 @@ class AdamW:
         *,
         step: int,
         lr: float,
-        decay: bool,
+        decay: float,
     ) -> None:
         """Update `param` in place from `grad`; all flat, of one dtype; `step` counts from 1."""
         adamw_(
@@ -37,5 +37,5 @@ class AdamW:
             beta1=self.cfg.beta1,
             beta2=self.cfg.beta2,
             eps=self.cfg.eps,
-            weight_decay=self.cfg.weight_decay if decay else 0.0,
+            weight_decay=decay,
         )

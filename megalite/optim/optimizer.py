@@ -1,8 +1,8 @@
 """The optimizer over buckets: norm by ownership, one scale, and an update rule on each flat range.
 
-A rule is a class with `state_names` and `update(param, grad, state, *, step, lr, decay)`; it sees
-flat tensors of numbers and nothing of the layout. Where parameters are narrower than float32 the
-optimizer keeps a master copy of its range. Next: parallel/zero.py for which range that is.
+Rules see flat tensors of numbers and nothing of the layout; rules.py has what they are and which
+bucket is whose. Where parameters are narrower than float32 the optimizer keeps a master copy of its
+range. Next: parallel/zero.py for which range that is.
 """
 
 from __future__ import annotations
@@ -11,15 +11,21 @@ import torch
 from torch import Tensor
 
 from megalite.core.config import OptimConfig
-from megalite.optim.adamw import AdamW
+from megalite.optim.matrices import EachMatrix, WholeMatrices
+from megalite.optim.rules import Rules
+from megalite.parallel.buckets import Bucket
 from megalite.parallel.zero import Zero
 
 
 class Optimizer:
-    """State of the ranges this rank updates; `step_count` and the state tensors are all to save."""
+    """State of the ranges this rank updates; `step_count` and the state tensors are all to save.
 
-    def __init__(self, zero: Zero, cfg: OptimConfig):
-        self.zero, self.rule = zero, OPTIMIZERS[cfg.optimizer](cfg)
+    `zero` has sorted the parameters by `rules.of`.
+    """
+
+    def __init__(self, zero: Zero, cfg: OptimConfig, rules: Rules | None = None):
+        self.zero, self.cfg = zero, cfg
+        self.rules = (rules or Rules(cfg)).named
         self.step_count = 0
         self.masters: list[Tensor | None] = []
         self.states: list[dict[str, Tensor]] = []
@@ -27,9 +33,18 @@ class Optimizer:
             grads = bucket.grads
             narrow = bucket.params.dtype != bucket.grad_dtype
             self.masters.append(torch.zeros_like(grads) if narrow else None)
-            self.states.append({name: torch.zeros_like(grads) for name in self.rule.state_names})
+            names = self.rules[bucket.layout.key.optimizer].state_names
+            self.states.append({name: torch.zeros_like(grads) for name in names})
         self._owned = [b.layout.owned_spans(zero.my_range(b)) for b in zero.buckets]
+        self._more = [self._given_more(bucket) for bucket in zero.buckets]
         self.read_params()
+
+    def _given_more(self, bucket: Bucket) -> dict[str, EachMatrix]:
+        """What the rule of a bucket is given beside numbers."""
+        if not bucket.layout.key.matrix:
+            return {}
+        tp = self.zero.mesh.axis("tp")
+        return {"each_matrix": WholeMatrices(bucket.layout, bucket.updated, tp)}
 
     def read_params(self) -> None:
         """Take the parameters as they are for the master copies: after initialisation."""
@@ -67,15 +82,15 @@ class Optimizer:
             grads = bucket.grads.mul_(scale.to(bucket.grad_dtype))
             numbers = self.numbers(idx)
             key = bucket.layout.key
-            self.rule.update(
+            # lr x weight decay is the same whatever a parameter's own rate (Loshchilov and Hutter).
+            decay = self.cfg.weight_decay / key.lr_mult if key.decay else 0.0
+            self.rules[key.optimizer].update(
                 numbers["weights"],
                 grads,
                 self.states[idx],
                 step=self.step_count,
                 lr=lr * key.lr_mult,
-                decay=key.decay,
+                decay=decay,
+                **self._more[idx],
             )
         self.write_params()
-
-
-OPTIMIZERS = {"adamw": AdamW}

@@ -1,6 +1,7 @@
 """Parameters and gradients of a rank as a few flat buckets, each reduced by one collective.
 
-A bucket holds parameters of one stage that are treated alike (dtype, decay, learning rate, tie).
+A bucket holds parameters of one stage that are treated alike (dtype, decay, learning rate, tie,
+optimizer).
 Its FlatLayout says which range of the flat tensors is which parameter: optimizer, checkpoint and
 planner read it. Parameters and gradients become views of the flat tensors; nothing is ever copied
 to be reduced. What part of this lives sharded is zero.py's policy.
@@ -51,6 +52,10 @@ class Key:
     tied: bool
     unit: str = ""
     """The unit whose parameters these are, where each unit has buckets of its own."""
+    optimizer: str = "adamw"
+    """The update rule of these parameters, by name."""
+    matrix: bool = False
+    """Whether each rank's range holds whole parameters, as that rule asks."""
 
 
 @dataclass(frozen=True)
@@ -187,17 +192,28 @@ class Bucket:
             self.uses += traits_of(param).uses
 
 
+RuleOf = Callable[[str, Shard], tuple[str, bool]]
+"""A parameter's name and Shard -> its update rule's name, and whether that wants it whole."""
+
+
+def one_rule(name: str, shard: Shard) -> tuple[str, bool]:
+    """The RuleOf of a run whose parameters are all updated alike, number by number."""
+    return Key.optimizer, Key.matrix
+
+
 def plan(
     stages: Mapping[int, nn.Module],
     *,
     ways: int,
     bucket_bytes: float,
     unit_of: Callable[[nn.Parameter], str] = lambda param: "",
+    rule_of: RuleOf = one_rule,
 ) -> list[tuple[FlatLayout, list[nn.Parameter]]]:
     """Sort the parameters of this rank's stages into buckets of about `bucket_bytes` of gradients.
 
     Last layers come first: their gradients are complete first. The order is the same on every rank
-    that holds these stages. Parameters with different `unit_of` never share a bucket.
+    that holds these stages. Parameters with different `unit_of` or `rule_of` never share a bucket.
+    A bucket whose ranges hold whole parameters is larger where `ways` asks for it: see `_cut`.
     """
     seen: set[int] = set()
     groups: dict[Key, list[tuple[str, nn.Parameter]]] = {}
@@ -210,40 +226,75 @@ def plan(
             tied = traits.shard.tied is not None
             # A table that two stages of this rank share belongs to the first of them.
             home = min(n for n, s in stages.items() if any(p is param for p in s.parameters()))
-            key = Key(home, param.dtype, traits.decay, traits.lr_mult, tied, unit_of(param))
+            unit, rule = unit_of(param), rule_of(name, traits.shard)
+            key = Key(home, param.dtype, traits.decay, traits.lr_mult, tied, unit, *rule)
             groups.setdefault(key, []).append((name, param))
     planned = []
     for key, members in groups.items():
         members.sort(key=lambda member: traits_of(member[1]).shard.blocks[0].grad_sum)
-        for part in _cut(members, bucket_bytes):
-            planned.append((_lay_out(key, part, ways), [param for _, param in part]))
+        # Of whole parameters that many for each rank that the fullest range is at most half as
+        # wide again as the mean: what is beyond a range's own parameters is sent and kept for
+        # nothing.
+        least = 2 * ways * max(map(_nbytes, members)) if key.matrix else 0
+        for part in _cut(members, max(bucket_bytes, least), join_last=key.matrix):
+            planned.append(_lay_out(key, part, ways))
     return planned
 
 
-def _cut(members: list[tuple[str, nn.Parameter]], bucket_bytes: float) -> Iterable[list]:
-    part: list[tuple[str, nn.Parameter]] = []
+Member = tuple[str, nn.Parameter]
+
+
+def _nbytes(member: Member) -> int:
+    return member[1].numel() * acc_dtype(member[1].dtype).itemsize
+
+
+def _cut(members: list[Member], bucket_bytes: float, *, join_last: bool) -> list[list[Member]]:
+    """Runs of about that size; `join_last`: none is smaller, except where it is the only one."""
+    parts: list[list[Member]] = [[]]
     size = 0.0
-    for name, param in members:
-        nbytes = param.numel() * acc_dtype(param.dtype).itemsize
-        if part and size + nbytes > bucket_bytes:
-            yield part
-            part, size = [], 0.0
-        part.append((name, param))
-        size += nbytes
-    yield part
+    for member in members:
+        if parts[-1] and size + _nbytes(member) > bucket_bytes:
+            parts.append([])
+            size = 0.0
+        parts[-1].append(member)
+        size += _nbytes(member)
+    if join_last and len(parts) > 1:
+        last = parts.pop()
+        parts[-1] += last
+    return parts
 
 
 def _aligned(n: int) -> int:
     return -(-n // ALIGN) * ALIGN
 
 
-def _lay_out(key: Key, members: list[tuple[str, nn.Parameter]], ways: int) -> FlatLayout:
-    slots, end = [], 0
-    for name, param in members:
-        traits = traits_of(param)
-        first_copy = traits.shard.tied is None or traits.shard.tied[0] == key.stage
-        owned = tuple(traits.shard.owned(traits.axes)) if first_copy else ()
-        slots.append(Slot(name, tuple(param.shape), end, traits.shard, owned))
-        end += _aligned(param.numel())
-    whole = ALIGN * ways
-    return FlatLayout(key, tuple(slots), -(-end // whole) * whole, ways)
+def _lay_out(key: Key, members: list[Member], ways: int) -> tuple[FlatLayout, list[nn.Parameter]]:
+    """One run of slots that ranges cut anywhere, or for each range a run of its own."""
+    runs = _packed(members, ways) if key.matrix else [members]
+    multiple = ALIGN * ways // len(runs)
+    longest = max(sum(_aligned(param.numel()) for _, param in run) for run in runs)
+    width = -(-longest // multiple) * multiple
+    slots, params = [], []
+    for number, run in enumerate(runs):
+        end = number * width
+        for name, param in run:
+            traits = traits_of(param)
+            first_copy = traits.shard.tied is None or traits.shard.tied[0] == key.stage
+            owned = tuple(traits.shard.owned(traits.axes)) if first_copy else ()
+            slots.append(Slot(name, tuple(param.shape), end, traits.shard, owned))
+            params.append(param)
+            end += _aligned(param.numel())
+    return FlatLayout(key, tuple(slots), width * len(runs), ways), params
+
+
+def _packed(members: list[Member], ways: int) -> list[list[Member]]:
+    """The members dealt out to `ways` runs of nearly one size: the largest first, each to the
+    shortest run (Graham 1969). Some are empty where there are more ranks than members.
+    """
+    runs: list[list[Member]] = [[] for _ in range(ways)]
+    sizes = [0] * ways
+    for member in sorted(members, key=_nbytes, reverse=True):
+        shortest = sizes.index(min(sizes))
+        runs[shortest].append(member)
+        sizes[shortest] += member[1].numel()
+    return runs

@@ -21,7 +21,7 @@ from megalite.core import comm
 from megalite.core.mesh import Mesh
 from megalite.core.params import listen
 from megalite.core.unit import HasUnits
-from megalite.parallel.buckets import Bucket, Span, plan
+from megalite.parallel.buckets import Bucket, RuleOf, Span, one_rule, plan
 from megalite.parallel.gather import Gatherer, keep_range, settle, start, whole
 
 STEP = -1
@@ -45,13 +45,17 @@ class Zero:
         stage: int,
         bucket_bytes: float,
         device: torch.device,
+        rule_of: RuleOf = one_rule,
     ):
         self.mesh, self.stage = mesh, stage
         self.axis = mesh.axis("dp", "cp")
         self.buckets: list[Bucket] = []
         self._of: dict[int, tuple[int, int]] = {}
         unit_of = units_of(stages) if stage >= 3 else lambda param: ""
-        planned = plan(stages, ways=self.axis.size, bucket_bytes=bucket_bytes, unit_of=unit_of)
+        ways = self.axis.size
+        planned = plan(
+            stages, ways=ways, bucket_bytes=bucket_bytes, unit_of=unit_of, rule_of=rule_of
+        )
         for layout, params in planned:
             for slot_idx, param in enumerate(params):
                 self._of[id(param)] = (len(self.buckets), slot_idx)

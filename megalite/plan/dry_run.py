@@ -12,6 +12,7 @@ from megalite.plan.memory import StageMemory, stage_memory
 from megalite.schedule.simulate import bubble
 from megalite.train.build import DTYPES, schedule_maker
 from megalite.train.console import count, layout_picture
+from megalite.train.own_files import check_own_code
 from megalite.train.pictures import timeline
 
 
@@ -19,6 +20,7 @@ def dry_run(config: Config, world_size: int) -> None:
     """Print what `world_size` ranks would hold and do. Raises UserError where the schedule cannot
     run.
     """
+    check_own_code(config)
     layout = config.layout
     dtype = _dtype(config)
     schedule = schedule_maker(config)(config.num_microbatches(world_size))
@@ -33,8 +35,9 @@ def dry_run(config: Config, world_size: int) -> None:
     assumed = " (as on a GPU; --device cpu for float32)" if config.train.precision == "auto" else ""
     kind = f"{str(dtype)[6:]}{assumed if dtype != torch.float32 else ''}"
     print(f"  model  {count(num_parameters(config.model))} parameters, {kind}")
+    ramp = f" (from {config.batch_sizes()[0]})" if config.train.rampup_batch_size else ""
     print(
-        f"  batch  {config.train.global_batch_size} samples = {count(tokens)} tokens, "
+        f"  batch  {config.train.global_batch_size} samples{ramp} = {count(tokens)} tokens, "
         f"{schedule.num_microbatches} microbatches a rank"
     )
     print(f"  order  {schedule.name}, bubble {share:.1f}% by simulation; ZeRO-{layout.zero}")

@@ -17,13 +17,12 @@ from megalite.core.config import Config, ModelConfig
 from megalite.core.mesh import Mesh
 from megalite.core.params import acc_dtype
 from megalite.models.build import build_stages, split_layers
+from megalite.optim.rules import Rules
 from megalite.parallel.buckets import plan
 from megalite.parallel.zero import LANES, units_of
 from megalite.schedule.simulate import peak_live
 from megalite.train.build import BUCKET_MB, mesh_factors, mesh_sizes, schedule_maker
-
-STATES = {"adamw": 2}
-"""Tensors of optimizer state a parameter has."""
+from megalite.train.own_files import attention_of
 
 
 @dataclass(frozen=True)
@@ -63,15 +62,18 @@ def stage_memory(config: Config, world_size: int, pp_idx: int, dtype: torch.dtyp
             layers=layout.pp_layers,
             sequence_parallel=layout.sequence_parallel,
             seed=config.train.seed,
+            attention=attention_of(config),
         )
         for stage in stages.values():
             stage.to(dtype)
     megabytes = layout.bucket_mb or BUCKET_MB["cuda" if dtype != torch.float32 else "cpu"]
+    rules = Rules(config.optim)
     planned = plan(
         stages,
         ways=mesh.axis("dp", "cp").size,
         bucket_bytes=megabytes * 2**20,
         unit_of=units_of(stages) if layout.zero >= 3 else lambda param: "",
+        rule_of=rules.of,
     )
     size = sum(flat.size for flat, _ in planned)
     # What is whole for a while: two gradients of each bucket size; the unit that runs and the next.
@@ -81,7 +83,11 @@ def stage_memory(config: Config, world_size: int, pp_idx: int, dtype: torch.dtyp
         units[flat.key.unit] += flat.size
     running = sum(sorted(units.values())[-2:]) if layout.zero >= 3 else 0
     wide = acc_dtype(dtype).itemsize
-    states = STATES[config.optim.optimizer] + (dtype.itemsize != wide)
+    masters = dtype.itemsize != wide
+    states = sum(
+        flat.size * (len(rules.named[flat.key.optimizer].state_names) + masters)
+        for flat, _ in planned
+    )
     ways = mesh.axis("dp", "cp").size
     cut = {stage: ways if layout.zero >= stage else 1 for stage in (1, 2, 3)}
     counts = layout.pp_layers or split_layers(model, schedule.num_stages)
@@ -94,7 +100,7 @@ def stage_memory(config: Config, world_size: int, pp_idx: int, dtype: torch.dtyp
         parameters=sum(p.numel() for flat, params in planned for p in params),
         weights=(size // cut[3] + running) * dtype.itemsize,
         grads=(size // cut[2] + lanes) * wide,
-        optimizer=size // cut[1] * wide * states,
+        optimizer=states // cut[1] * wide,
         activations=int(live * held * per_layer),
         logits=_logits(model, config, dtype.itemsize) if schedule.num_stages - 1 in stages else 0,
     )

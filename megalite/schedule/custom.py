@@ -149,7 +149,7 @@ def _function(spec: str) -> MakeSchedule:
         try:
             return function(pp, num_microbatches, vpp)
         except Exception as error:
-            raise ValueError(_told(path, error)) from error
+            raise ValueError(told(path, error)) from error
 
     return make
 
@@ -167,11 +167,11 @@ def _run(path: Path) -> Any:
         found.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
-        raise ValueError(_told(path, error)) from error
+        raise ValueError(told(path, error)) from error
     return module
 
 
-def _told(path: Path, error: Exception) -> str:
+def told(path: Path, error: Exception) -> str:
     """An exception of the user's code as one line, with the line of their file."""
     if isinstance(error, SyntaxError):
         return f"{error.filename}:{error.lineno}: {type(error).__name__}: {error.msg}"

@@ -13,6 +13,7 @@ from megalite.core import comm
 from megalite.core.config import Config
 from megalite.core.errors import UserError
 from megalite.core.mesh import Mesh
+from megalite.train.own_files import own_files
 
 
 def check_agreement(config: Config, mesh: Mesh, device: torch.device) -> None:
@@ -43,4 +44,5 @@ def check_agreement(config: Config, mesh: Mesh, device: torch.device) -> None:
 
 def _facts(config: Config) -> dict[str, object]:
     fields = {k: v for group in config.to_dict().values() for k, v in group.items()}
-    return {"megalite": megalite.__version__, "torch": torch.__version__, **fields}
+    files = {f"sha256 of --{name}": file["sha256"] for name, file in own_files(config).items()}
+    return {"megalite": megalite.__version__, "torch": torch.__version__, **fields, **files}

@@ -22,17 +22,19 @@ from megalite.core.config import Config
 from megalite.core.errors import UserError
 from megalite.core.mesh import Mesh
 from megalite.core.params import initialize
-from megalite.core.unit import RECOMPUTE
+from megalite.core.unit import recomputing
 from megalite.core.world import World
 from megalite.models.build import build_stages
 from megalite.models.gpt import GPT
 from megalite.optim.optimizer import Optimizer
+from megalite.optim.rules import Rules
 from megalite.parallel.pipeline import Pipeline
 from megalite.parallel.zero import Zero
 from megalite.schedule.action import Schedule
 from megalite.schedule.check import check
 from megalite.schedule.custom import load_schedule
 from megalite.train.agree import check_agreement
+from megalite.train.own_files import attention_of
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 BUCKET_MB = {"cpu": 4.0, "cuda": 64.0}
@@ -158,16 +160,29 @@ def build_engine(
             layers=layout.pp_layers,
             sequence_parallel=layout.sequence_parallel,
             seed=config.train.seed,
-            attention=attention,
+            attention=attention or attention_of(config),
         )
     for stage in stages.values():
-        stage.run_unit = RECOMPUTE[layout.recompute]
+        stage.run_unit = recomputing(
+            stage,
+            layout.recompute,
+            modules=layout.recompute_modules,
+            layers=layout.recompute_layers,
+        )
     megabytes = layout.bucket_mb if layout.bucket_mb is not None else BUCKET_MB[device.type]
-    zero = Zero(stages, mesh, stage=layout.zero, bucket_bytes=megabytes * 2**20, device=device)
+    rules = Rules(config.optim)
+    zero = Zero(
+        stages,
+        mesh,
+        stage=layout.zero,
+        bucket_bytes=megabytes * 2**20,
+        device=device,
+        rule_of=rules.of,
+    )
     for stage in stages.values():
         initialize(stage, config.train.seed)
     zero.keep_params()
-    optimizer = Optimizer(zero, config.optim)
+    optimizer = Optimizer(zero, config.optim, rules)
     pipeline = Pipeline(
         make, stages, mesh, dtype=dtype, device=device, enter=zero.enter, reduce=zero.reduce
     )

@@ -70,12 +70,14 @@ def header(
     )
     optim = config.optim
     tokens = train.global_batch_size * model.seq_len
+    ramp = train.rampup_batch_size
+    grown = f" (from {ramp[0]} by {ramp[1]} over {count(ramp[2])})" if ramp else ""
     facts = [
         f"model  {count(num_parameters(model))} parameters: {model.num_layers} layers, "
         f"d {model.hidden_size}, {model.num_heads} heads, seq {model.seq_len}, "
         f"vocab {model.vocab_size}",
         f"data   {data}",
-        f"batch  {train.global_batch_size} samples = {tokens} tokens = DP{dp} x "
+        f"batch  {train.global_batch_size} samples{grown} = {tokens} tokens = DP{dp} x "
         f"micro {train.micro_batch_size} x accum {config.num_microbatches(world_size)}",
         f"order  {layout.schedule}, bubble {100 * bubble:.1f}% by simulation",
         f"optim  {optim.optimizer}, ZeRO-{layout.zero}, {optim.lr_decay} from {optim.lr:.0e}, "
@@ -94,25 +96,28 @@ def header(
 class Progress:
     """The running line: percent, loss, rate and the time that is left."""
 
-    def __init__(self, config: Config, world_size: int, first_step: int):
-        self.config, self.world_size = config, world_size
+    def __init__(self, config: Config, first_step: int, samples: int):
+        self.config = config
         self.started, self.first = time.monotonic(), first_step
-        self.last_time, self.last_step = self.started, first_step
+        self.last_time, self.last_step, self.last_samples = self.started, first_step, samples
 
-    def line(self, step: int, *, loss: float, norm: float, lr: float) -> str:
-        """The line of `step` (counted from 1)."""
+    def line(self, step: int, *, samples: int, loss: float, norm: float, lr: float) -> str:
+        """The line of `step` (counted from 1), with which `samples` of the run are taken."""
         now = time.monotonic()
         train = self.config.train
         steps = max(1, step - self.last_step)
         per_step = (now - self.last_time) / steps
-        rate = train.global_batch_size * self.config.model.seq_len / max(per_step, 1e-9)
-        self.last_time, self.last_step = now, step
+        taken = (samples - self.last_samples) * self.config.model.seq_len
+        rate = taken / max(now - self.last_time, 1e-9)
+        self.last_time, self.last_step, self.last_samples = now, step, samples
+        # Of a batch that never changes, steps say as much.
+        shown = f"  {count(samples)} samples" if train.rampup_batch_size else ""
         left = (train.train_steps - step) * (now - self.started) / max(1, step - self.first)
         width = len(str(train.train_steps))
         return (
             f"step {step:>{width}}/{train.train_steps} {100 * step // train.train_steps:3d}%  "
             f"loss {loss:6.3f}  gnorm {norm:5.2f}  lr {lr:.1e}  {count(rate)} tok/s  "
-            f"{per_step:.2f} s/step  eta {duration(left)}"
+            f"{per_step:.2f} s/step  eta {duration(left)}{shown}"
         )
 
 

@@ -1,9 +1,10 @@
 """Layouts drawn at random so that few rows try every legal pair of settings: a covering array.
 
-FACTORS is the whole description: a name and its values, the plain one first. What is legal is asked
-of Config.check and of the schedule itself, never stated here. A new feature adds a line to FACTORS
-and, if its name is no field of Config, a line to `config_of`. Kuhn, Kacker and Lei 2010 (NIST
-SP 800-142) on why pairs; the greedy draw is of the family of AETG, Cohen et al. 1997.
+FACTORS is the whole description: a name and its values, the plain one first; of TRIPLES the values
+of all three are tried together. What is legal is asked of Config.check and of the schedule itself,
+never stated here. A new feature adds a line to FACTORS and, if its name is no field of Config, a
+line to `config_of`. Kuhn, Kacker and Lei 2010 (NIST SP 800-142) on why pairs; the greedy draw is of
+the family of AETG, Cohen et al. 1997.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from __future__ import annotations
 import dataclasses
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 from megalite.core.config import Config, LayoutConfig
@@ -21,11 +22,12 @@ from megalite.core.errors import UserError
 from megalite.schedule.custom import is_file
 from megalite.schedule.generators import SCHEDULES
 from megalite.train.build import schedule_maker
+from megalite.train.own_files import attention_of
 
 Row = dict[str, Any]
 """A value for every factor."""
-Pair = tuple[str, Any, str, Any]
-"""Two factors, in the order of FACTORS, with a value each."""
+Combo = tuple[tuple[str, Any], ...]
+"""Two or three factors, in the order of FACTORS, with a value each."""
 
 LLAMA = {"norm": "rmsnorm", "activation": "swiglu", "position": "rope", "bias": False}
 FORMS: dict[str, dict[str, Any]] = {
@@ -48,23 +50,31 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "uneven": (False, True),
     "cp": (1, 2, 3),
     "cp_form": ("ring", "gather", "ulysses"),
-    "recompute": ("none", "full"),
+    "recompute": ("none", "selective", "full"),
+    "recompute_layers": (None, 1),
     "dp": (1, 2, 3, 4),
     "zero": (0, 1, 2, 3),
     "bucket_mb": (None, 0.01),
     "microbatches": (1, 2, 3, 4, 7),
     "micro_batch_size": (1, 2),
     "lengths_vary": (False, True),
+    "reset_attention_mask": (False, True),
     "form": tuple(FORMS),
     "tie_embeddings": (True, False),
     "num_kv_heads": (None, 1, 2, 3, 4),
     "dropout": (0.0, 0.2),
     "attention_dropout": (0.0, 0.1),
+    "optimizer": ("adamw", "muon", "sgd"),
+    "mup_base_width": (None, 16),
+    "ramp": (False, True),
 }
+TRIPLES = (("schedule", "recompute", "zero"),)
+"""What holds gradients and activations, and for how long."""
+ALL_AXES = {"tp": 2, "pp": 2, "cp": 2, "dp": 2}
+EVERY = 15
+"""One row in this many has ALL_AXES, where so many ranks are allowed."""
 HEADS = 12
 """Of every drawn model: all values of tp and of num_kv_heads divide it."""
-TRIES = 4
-"""Rows to choose the best of, for each row drawn."""
 
 
 @dataclass(frozen=True)
@@ -83,25 +93,30 @@ class Drawn:
 
 @dataclass
 class Coverage:
-    """Which pairs there are, which are legal, and which the rows so far have."""
+    """Which combinations there are, which are legal, and which the rows so far have."""
 
-    legal: dict[Pair, Row] = field(default_factory=dict)
-    """Each legal pair, with a row that has it."""
-    refused: dict[Pair, str] = field(default_factory=dict)
-    """Each pair that no legal row has, with the rule."""
-    covered: set[Pair] = field(default_factory=set)
+    legal: dict[Combo, Row] = field(default_factory=dict)
+    """Each legal combination, with a row that has it."""
+    refused: dict[Combo, str] = field(default_factory=dict)
+    """Each that no legal row has, with the rule."""
+    covered: set[Combo] = field(default_factory=set)
 
-    def new_in(self, row: Row) -> int:
-        """How many pairs a row would cover that none did."""
-        return sum(pair in self.legal and pair not in self.covered for pair in pairs_of(row))
+    def new_in(self, row: Row, name: str) -> int:
+        """How many combinations with `name` in them a row would cover that none did."""
+        return sum(c in self.legal and c not in self.covered for c in combos_of(row, name))
 
-    def refused_by_rule(self) -> dict[str, list[Pair]]:
-        """The refused pairs by rule, its numbers left out."""
-        rules: dict[str, list[Pair]] = {}
-        for pair, text in self.refused.items():
-            rules.setdefault(re.sub(r" \(.*|\d+", lambda m: "N" * m[0].isdigit(), text), []).append(
-                pair
-            )
+    def cover(self, row: Row) -> int:
+        """Count a row in; how many combinations it was the first to have."""
+        new = {c for c in combos_of(row) if c in self.legal} - self.covered
+        self.covered |= new
+        return len(new)
+
+    def refused_by_rule(self) -> dict[str, list[Combo]]:
+        """The refused combinations by rule, its numbers left out."""
+        rules: dict[str, list[Combo]] = {}
+        for combo, text in self.refused.items():
+            rule = re.sub(r" \(.*|\d+", lambda m: "N" * m[0].isdigit(), text)
+            rules.setdefault(rule, []).append(combo)
         return rules
 
 
@@ -127,7 +142,11 @@ class Space:
             return values if plain else ("gpt",)
         if name == "uneven" and base.layout.pp_layers is not None:
             return (False,)
-        for group in (base.layout, base.model, base.train):
+        if name == "reset_attention_mask" and not _minds_documents(base):
+            return (False,)
+        if name == "ramp" and base.train.rampup_batch_size is not None:
+            return (True,)
+        for group in (base.layout, base.model, base.data, base.train, base.optim):
             if hasattr(group, name) and getattr(group, name) != getattr(type(group)(), name):
                 return (getattr(group, name),)
         return values
@@ -192,46 +211,69 @@ class Space:
                     yield {**start, name: value, other: second}
 
 
-def pairs_of(row: Row) -> list[Pair]:
-    """All pairs of values in a row."""
-    return [(a, x, b, y) for (a, x), (b, y) in combinations(row.items(), 2)]
+def combos_of(row: Row, name: str | None = None) -> list[Combo]:
+    """All pairs and TRIPLES of values in a row; of one factor where a name is given."""
+    if name is None:
+        pairs = list(combinations(row.items(), 2))
+    else:
+        before = True
+        pairs = []
+        for other in row.items():
+            if other[0] == name:
+                before = False
+            else:
+                mine = (name, row[name])
+                pairs.append((other, mine) if before else (mine, other))
+    threes = [names for names in TRIPLES if name is None or name in names]
+    return [*pairs, *(tuple((each, row[each]) for each in names) for names in threes)]
 
 
 def coverage_of(space: Space) -> Coverage:
-    """Every pair of values, sorted into legal and refused."""
+    """Every combination of values, sorted into legal and refused."""
     coverage = Coverage()
-    for (a, xs), (b, ys) in combinations(space.factors.items(), 2):
-        for x in xs:
-            for y in ys:
-                row, rule = space.completed({a: x, b: y})
-                if row is None:
-                    coverage.refused[a, x, b, y] = rule
-                else:
-                    coverage.legal[a, x, b, y] = row
+    for names in [*combinations(space.factors, 2), *TRIPLES]:
+        for values in product(*(space.factors[name] for name in names)):
+            combo = tuple(zip(names, values, strict=True))
+            row, rule = space.completed(dict(combo))
+            if row is None:
+                coverage.refused[combo] = rule
+            else:
+                coverage.legal[combo] = row
     return coverage
 
 
 def draw_rows(space: Space, count: int, seed: int) -> tuple[list[Drawn], Coverage]:
-    """`count` legal layouts, each with as many pairs as can be that those before it lack."""
+    """`count` legal layouts, each with as many combinations as can be that those before it lack."""
     chance, coverage = random.Random(seed), coverage_of(space)
-    pairs = list(coverage.legal)
-    if not pairs:
+    if not coverage.legal:
         rule = next(iter(coverage.refused.values()))
         raise UserError(f"--random {count}: no legal layout is left to draw: {rule}")
+    all_axes = _all_axes(space)
     rows = []
-    for _ in range(count):
-        left = [pair for pair in pairs if pair not in coverage.covered] or pairs
-        tries = [_climb(space, coverage, chance.choice(left), chance) for _ in range(TRIES)]
-        best = max(tries, key=coverage.new_in)
-        coverage.covered.update(pair for pair in pairs_of(best) if pair in coverage.legal)
-        rows.append(space.draw(best))
+    for number in range(count):
+        if all_axes is not None and number % EVERY == EVERY - 1:
+            row = _climb(space, coverage, all_axes, set(ALL_AXES), chance)
+        else:
+            left = [c for c in coverage.legal if c not in coverage.covered]
+            combo = chance.choice(left or list(coverage.legal))
+            row = _climb(space, coverage, coverage.legal[combo], dict(combo).keys(), chance)
+        coverage.cover(row)
+        rows.append(space.draw(row))
     return rows, coverage
 
 
-def _climb(space: Space, coverage: Coverage, pair: Pair, chance: random.Random) -> Row:
-    """From a legal row with `pair`, one factor at a time to values that cover more."""
-    row = dict(coverage.legal[pair])
-    names = [name for name in space.factors if name not in (pair[0], pair[2])]
+def _all_axes(space: Space) -> Row | None:
+    """A legal row with ALL_AXES, if the space has one."""
+    if any(value not in space.factors[name] for name, value in ALL_AXES.items()):
+        return None
+    return space.completed(dict(ALL_AXES))[0]
+
+
+def _climb(
+    space: Space, coverage: Coverage, row: Row, fixed: Collection[str], chance: random.Random
+) -> Row:
+    """From a legal row, one factor at a time, but those `fixed`, to values that cover more."""
+    names = [name for name in space.factors if name not in fixed]
     # Where nothing is left to cover the row is still a random one.
     for better in (lambda new, old: new >= old, lambda new, old: new > old):
         chance.shuffle(names)
@@ -250,10 +292,10 @@ def _best_value(
     values: list[Any],
     better: Callable[[int, int], bool],
 ) -> Row:
-    best, most = row, coverage.new_in(row)
+    best, most = row, coverage.new_in(row, name)
     for value in values:
         other = {**row, name: value}
-        new = coverage.new_in(other)
+        new = coverage.new_in(other, name)
         if better(new, most) and not space.why_not(other):
             best, most = other, new
     return best
@@ -281,12 +323,29 @@ def config_of(row: Row, base: Config) -> Config:
     layout: LayoutConfig = replace(base.layout, **_fields_in(row, base.layout))
     if row["uneven"]:
         layout = replace(layout, pp_layers=layers)
+    unit = row["micro_batch_size"] * row["dp"]
     train = replace(
         base.train,
         **_fields_in(row, base.train),
-        global_batch_size=row["microbatches"] * row["micro_batch_size"] * row["dp"],
+        global_batch_size=row["microbatches"] * unit,
+        rampup_batch_size=small_ramp(unit, row["microbatches"]) if row["ramp"] else None,
     )
-    return replace(base, model=model, layout=layout, train=train)
+    data = replace(base.data, **_fields_in(row, base.data))
+    optim = replace(base.optim, **_fields_in(row, base.optim))
+    return replace(base, model=model, layout=layout, data=data, train=train, optim=optim)
+
+
+def _minds_documents(base: Config) -> bool:
+    try:
+        attention_of(replace(base, data=replace(base.data, reset_attention_mask=True)))
+    except UserError:
+        return False
+    return True
+
+
+def small_ramp(unit: int, microbatches: int) -> tuple[int, int, int] | None:
+    """A ramp that the first three steps see; `unit` samples are one microbatch of every rank."""
+    return (unit, (microbatches - 1) * unit, 2 * unit) if microbatches > 1 else None
 
 
 def _fields_in(row: Row, group: Any) -> Row:

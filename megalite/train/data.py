@@ -40,16 +40,15 @@ def open_data(config: Config, prefix: str, mesh: Mesh) -> tuple[TokenSource, str
     dataset = IndexedDataset(prefix)
     _check_tokenizer(config, prefix)
     _check_ids(dataset, model.vocab_size, mesh)
-    windows = Windows(dataset.tokens, model.seq_len)
+    windows = Windows(dataset.tokens, model.seq_len, dataset.document_starts)
     if len(windows) == 0:
         raise DataError(
             f"{prefix}.bin: {len(dataset.tokens)} tokens, one sample needs --seq-len + 1 = "
             f"{model.seq_len + 1}"
         )
-    return (
-        windows,
-        f"{prefix}, {count(len(dataset.tokens))} tokens, {dataset.num_documents} documents",
-    )
+    apart = " kept apart" if config.data.reset_attention_mask else ""
+    size = f"{count(len(dataset.tokens))} tokens, {dataset.num_documents} documents"
+    return windows, f"{prefix}, {size}{apart}"
 
 
 def _check_ids(dataset: IndexedDataset, vocab_size: int, mesh: Mesh) -> None:

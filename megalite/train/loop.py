@@ -39,8 +39,8 @@ class Reduced:
 
 def forward_backward(engine: Engine, calls: Sequence[Call], *, stop: bool = False) -> Reduced:
     """Run one step's microbatches: reduced gradients are then in the buckets. All ranks call it."""
-    train, model = engine.config.train, engine.config.model
-    expected = train.global_batch_size * model.seq_len
+    train, dp = engine.config.train, engine.mesh.axis("dp")
+    expected = len(calls) * train.micro_batch_size * dp.size * engine.config.model.seq_len
     seed = torch.tensor(1.0 / expected, dtype=_wide(engine.dtype), device=engine.device)
     log = engine.mesh.log
     log.doing("clear gradients")

@@ -24,6 +24,7 @@ TAGS = {
     "bubble": "perf/bubble",
     "peak_mem_gb": "mem/peak_gb",
     "tokens": "data/tokens",
+    "samples": "data/samples",
 }
 """TensorBoard tag of each key of metrics.jsonl that has one."""
 

@@ -20,7 +20,7 @@ from megalite.checkpoint.load import Reader, load_optimizer, load_weights, newes
 from megalite.checkpoint.save import check_space, remove_partial, save
 from megalite.core import comm
 from megalite.core import mesh as mesh_module
-from megalite.core.config import Config
+from megalite.core.config import FILES, Config
 from megalite.core.errors import CheckpointError, RunError, UserError
 from megalite.core.world import World
 from megalite.data.loader import Loader, TokenSource
@@ -40,6 +40,7 @@ from megalite.train.evaluate import HeldOut, evaluate, held_out, sample
 from megalite.train.failure import Stop, Stopped, failures_told, forget_cause
 from megalite.train.loop import Reduced, train_step
 from megalite.train.metrics import Metrics, peak_memory_gb
+from megalite.train.own_files import as_tree, changed_files, check_own_code, own_files
 from megalite.train.pictures import draw_loss, draw_schedule, timeline
 from megalite.train.trace import Trace
 
@@ -62,10 +63,12 @@ class Run:
 
     def __init__(self, config: Config, world: World):
         self.config, self.world, self.out = config, world, Path(config.train.out)
+        check_own_code(config)
         if world.rank == 0:
             forget_cause(config)
         self.device = pick_device(config, world)
         dtype = pick_dtype(config, self.device)
+        self.files = own_files(config)
         self.mesh = build_mesh(config, world, self.device)
         self.stop = Stop()
         self.stop.listen()
@@ -100,7 +103,7 @@ class Run:
             self._say(f"resumed at step {self.step} from {self.out}/checkpoints")
             if 0 < train.traced.stop <= self.step + 1:
                 self._say(f"megalite: warning: --trace-steps {train.trace_steps}: taken before")
-        progress = console.Progress(config, self.world.size, self.step)
+        progress = console.Progress(config, self.step, self.samples)
         began = time.monotonic()
         saved = self.step
         while self.step < train.train_steps:
@@ -111,7 +114,11 @@ class Run:
                 self._write_trace()
             if self.step % train.log_interval == 0 or self.step in (1, train.train_steps):
                 line = progress.line(
-                    self.step, loss=found.loss.item(), norm=found.norm.item(), lr=lr
+                    self.step,
+                    samples=self.samples,
+                    loss=found.loss.item(),
+                    norm=found.norm.item(),
+                    lr=lr,
                 )
                 self._say(line)
             if train.eval_interval and self.step % train.eval_interval == 0:
@@ -135,22 +142,13 @@ class Run:
             print("\n".join(lines), flush=True)
 
     def _one_step(self) -> tuple[Reduced, float]:
-        config, train = self.config, self.config.train
+        config = self.config
         began = time.monotonic()
         self.mesh.log.doing("data")
-        per_step = train.global_batch_size * config.model.seq_len
-        done = float(self.step + 1)
-        scale = 1.0
-        if config.optim.lr_decay_by == "tokens":
-            done, scale = float(self.tokens + per_step), float(per_step)
-        lr = learning_rate(
-            config.optim,
-            done=done,
-            warmup=config.optim.warmup_steps * scale,
-            total=train.train_steps * scale,
-            step=scale,
-        )
-        calls = self.loader.step(self.samples)
+        batch = config.batch_at(self.samples)
+        per_step = batch * config.model.seq_len
+        lr = self._learning_rate()
+        calls = self.loader.step(self.samples, config.num_microbatches(self.world.size, batch))
         found = train_step(self.engine, calls, lr=lr, stop=self.stop.asked)
         loss, norm = found.loss.item(), found.norm.item()
         if not (console.is_number(loss) and console.is_number(norm)):
@@ -159,7 +157,7 @@ class Run:
                 "--warmup-steps; earlier checkpoints are intact)"
             )
         self.step += 1
-        self.samples += train.global_batch_size
+        self.samples += batch
         self.tokens += int(found.tokens.item())
         self.mesh.log.doing("write metrics")
         if self.metrics is not None:
@@ -173,13 +171,25 @@ class Run:
                 grad_norm=norm,
                 step_ms=1000 * seconds,
                 tokens_per_s=per_step / seconds,
-                tflops_per_rank=_step_flops(config) / seconds / self.world.size / 1e12,
+                tflops_per_rank=_token_flops(config) * per_step / seconds / self.world.size / 1e12,
                 mfu=None,
                 peak_mem_gb=peak_memory_gb(self.device),
                 loss_scale=None,
                 skipped=0,
             )
         return found, lr
+
+    def _learning_rate(self) -> float:
+        """Of the next step."""
+        config, optim = self.config, self.config.optim
+        ends = {"done": self.step + 1, "warmup": optim.warmup_steps, "step": 1}
+        ends["total"] = config.train.train_steps
+        spent = {name: float(steps) for name, steps in ends.items()}
+        if optim.lr_decay_by == "tokens":
+            length = config.model.seq_len
+            spent = {name: config.samples_after(n) * float(length) for name, n in ends.items()}
+            spent["done"] = float(self.tokens + config.batch_at(self.samples) * length)
+        return learning_rate(optim, **spent)
 
     def _evaluate(self, *, last: bool) -> None:
         """Held-out loss (over all of the text at the end) and a sample."""
@@ -211,8 +221,7 @@ class Run:
 
     def _write_trace(self) -> None:
         """Leave the trace of the steps so far, if any was asked for."""
-        schedule = self.engine.pipeline.schedule_for(self.loader.num_microbatches)
-        found = self.trace.finish(schedule)
+        found = self.trace.finish(self.engine.pipeline.schedule_for)
         if found is not None:
             steps = [step for step, _, _ in self.trace.spans]
             share = sum(found.measured) / len(steps)
@@ -236,6 +245,7 @@ class Run:
                 "dtype": str(self.engine.dtype),
                 "threads": torch.get_num_threads(),
                 "layout": self.mesh.sizes,
+                FILES: self.files,
             },
         )
         # A run may end after this, and nobody may leave while another still sends.
@@ -252,6 +262,8 @@ class Run:
             for reason in passed_over:
                 self._say(f"megalite: warning: {reason}; using {directory.name}")
             _check_same_model(self.config, manifest, directory)
+            for line in changed_files(manifest.made_with.get(FILES, {}), self.files):
+                self._say(f"megalite: warning: {line}")
             load_optimizer(Reader(directory, manifest), self.engine.optimizer)
             return manifest.step, manifest.samples, manifest.tokens
         if train.init_from:
@@ -275,7 +287,7 @@ class Run:
         comm.barrier(self.mesh.world)
         if self._is_first:
             self.out.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(self.config.to_dict(), indent=1) + "\n"
+            text = json.dumps(as_tree(self.config, self.files), indent=1) + "\n"
             fresh = self.out / "config.json.tmp"
             fresh.write_text(text, encoding="utf-8")
             os.replace(fresh, self.out / "config.json")
@@ -292,6 +304,7 @@ class Run:
             device=self.device,
             sequence_parallel=self.config.layout.sequence_parallel,
             cp_form=self.config.layout.cp_form,
+            reset_attention_mask=self.config.data.reset_attention_mask,
         )
 
     def _held_out(self) -> HeldOut | None:
@@ -342,11 +355,10 @@ def _due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def _step_flops(config: Config) -> float:
-    """Model flops of a step: three forwards, causal attention."""
+def _token_flops(config: Config) -> float:
+    """Model flops of a token in training: three forwards, causal attention."""
     model = config.model
-    forward = model.num_layers * layer_flops(model) + head_flops(model)
-    return 3 * forward * config.train.global_batch_size * model.seq_len
+    return 3 * (model.num_layers * layer_flops(model) + head_flops(model))
 
 
 def _check_same_model(config: Config, manifest: mf.Manifest, directory: Path) -> None:

@@ -15,6 +15,7 @@ import os
 import socket
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,7 +65,7 @@ class Trace:
             self.log.doing("between steps")
             self.spans.append((step, self.began, self.log.stretches[-1].start))
 
-    def finish(self, schedule: Schedule) -> Bubbles | None:
+    def finish(self, schedule_for: Callable[[int], Schedule]) -> Bubbles | None:
         """Write the trace, if there is one that is not written yet; rank 0 gets its bubbles.
 
         The ranks hand their rows over as files beside it, so they share a file system.
@@ -86,7 +87,8 @@ class Trace:
         paths = [self._part(rank) for rank in range(self.mesh.world_size)]
         parts = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
         events = merged(parts)
-        found = bubbles(events, schedule)
+        done = [e["args"]["microbatch"] for e in events if e.get("cat") == "action"]
+        found = bubbles(events, schedule_for(1 + max(done)))  # of the largest batch
         facts = {"clock": CLOCK, "lost_collectives": sum(p["lost"] for p in parts)}
         tree = {"traceEvents": events, "displayTimeUnit": "ms"}
         fresh = self.out / "trace.json.tmp"

@@ -8,10 +8,12 @@ same functions. Next: verify_command.py, which draws layouts and starts the rank
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from megalite.checkpoint.load import Reader, load_optimizer, newest_for_all
+from megalite.checkpoint.manifest import Manifest
+from megalite.checkpoint.save import save
 from megalite.core.call import IGNORE, Call, Context, make_call
 from megalite.core.config import Config
 from megalite.core.mesh import Mesh
@@ -130,10 +135,11 @@ def engine_of(config: Config, rank: int, world: int, precision: str, **kwargs: A
 
 
 def calls_of(engine: Engine, step: int, varying: bool, blank: Sequence[int] = ()) -> list[Call]:
-    """This rank's microbatches: masked labels, and lengths that differ by microbatch if `varying`.
+    """This rank's microbatches: masked labels, and lengths that differ by sample if `varying`.
 
-    Samples, masks and lengths follow from the number of the sample alone. No label at a position in
-    `blank` takes part.
+    Tokens, documents, masks and lengths follow from the number of the sample alone; a microbatch is
+    as long as its longest sample, whatever lies beyond the end of another. No label at a position
+    in `blank` takes part.
     """
     config, mesh = engine.config, engine.mesh
     size, s = config.train.micro_batch_size, config.model.seq_len
@@ -142,21 +148,35 @@ def calls_of(engine: Engine, step: int, varying: bool, blank: Sequence[int] = ()
     cut = mesh.axis("tp") if config.layout.sequence_parallel else None
     context = Context(mesh.axis("cp"), config.layout.cp_form)
     calls = []
-    for m in range(config.num_microbatches(mesh.world_size)):
-        first = step * config.train.global_batch_size + (m * dp.size + dp.idx) * size
-        length = s - (first // size % 3) * (s // 4) if varying else s
-        rows, masks = [], []
-        for number in range(first, first + size):
-            rows.append(source.window(number)[: length + 1])
-            mask = np.random.default_rng([9, number]).random(s) < MASKED
+    before = config.samples_after(step)
+    for m in range(config.num_microbatches(mesh.world_size, config.batch_at(before))):
+        first = before + (m * dp.size + dp.idx) * size
+        numbers = range(first, first + size)
+        lengths = [s - number % 3 * (s // 4) if varying else s for number in numbers]
+        masks = [np.random.default_rng([9, number]).random(s) < MASKED for number in numbers]
+        for mask, length in zip(masks, lengths, strict=True):
             mask[list(blank)] = True
-            masks.append(mask[:length])
-        tokens = torch.from_numpy(np.stack(rows).T.copy())  # [s + 1, b]
-        labels = tokens[1:].masked_fill(torch.from_numpy(np.stack(masks).T.copy()), IGNORE)
-        samples = torch.arange(first, first + size)
-        inputs = tokens[:-1].contiguous()
-        calls.append(make_call(inputs, labels, samples, seq_cut=cut, context=context))
+            mask[length:] = True
+        tokens = _columns([source.window(number) for number in numbers])[: max(lengths) + 1]
+        inputs, masked = tokens[:-1].contiguous(), _columns(masks)[: max(lengths)]
+        starts = None
+        if config.data.reset_attention_mask:
+            starts = _columns([source.starts(number) for number in numbers])[: max(lengths)]
+        calls.append(
+            make_call(
+                inputs,
+                tokens[1:].masked_fill(masked, IGNORE),
+                torch.arange(first, first + size),
+                seq_cut=cut,
+                context=context,
+                starts=starts,
+            )
+        )
     return calls
+
+
+def _columns(rows: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(rows).T.copy())  # [s or s + 1, b]
 
 
 def reference(
@@ -167,9 +187,13 @@ def reference(
     varying: bool,
     out: str,
     blank: Sequence[int] = (),
+    save_to: str = "",
     **kwargs: Any,
 ) -> list[float]:
-    """Train one process in float64 and write every number to `out` (npz); gives the losses."""
+    """Train one process in float64 and write every number to `out` (npz); gives the losses.
+
+    `save_to`: a directory for a checkpoint of how it stands before the last step.
+    """
     engine = engine_of(Config.from_dict(config), rank, world, "fp64", **kwargs)
     numbers: dict[str, np.ndarray] = {}
 
@@ -181,6 +205,8 @@ def reference(
     keep("init", lambda param: param.detach())
     losses = []
     for step in range(steps):
+        if save_to and step == steps - 1:
+            save_after(engine, step, Path(save_to))
         found = forward_backward(engine, calls_of(engine, step, varying, blank))
         numbers[f"{step}/loss"], numbers[f"{step}/norm"] = found.loss.numpy(), found.norm.numpy()
         losses.append(found.loss.item())
@@ -206,11 +232,15 @@ def compare(
     ref: str,
     later: dict[str, float] | None = None,
     blank: Sequence[int] = (),
+    save_to: str = "",
+    go_on_from: str = "",
     **kwargs: Any,
 ) -> dict:
     """Train this layout and compare with the file that `reference` wrote.
 
-    `later`: wider bounds for the steps after the first, by kind.
+    `later`: wider bounds for the steps after the first, by kind. `save_to`: a directory for a
+    checkpoint after the last step. `go_on_from`: one that another layout saved there; it is loaded
+    then, and one step more is compared.
 
     Gives, as JSON: `worst`, the worst Gap of each kind; `first`, the first out of tolerance (None);
     `owned`, how many numbers of the gradients this rank counts, over all ranks the model once; and
@@ -223,20 +253,55 @@ def compare(
         _compare_weights(engine, 0, "init", want, findings)
     owned = 0
     for step in range(steps):
-        found = forward_backward(engine, calls_of(engine, step, varying, blank))
-        _compare_scalars(found, step, want, findings)
-        zero = engine.zero
-        assert zero.all_landed(engine.config.num_microbatches(world)), zero.landed
-        owned += _compare_grads(engine, step, found.correction, want, findings)
-        update(engine, found, lr=engine.config.optim.lr)
-        with engine.zero.whole_params():
-            _compare_weights(engine, step, f"{step}/weights", want, findings)
+        owned += _compare_step(engine, step, calls_of(engine, step, varying, blank), want, findings)
+    if save_to:
+        save_after(engine, steps, Path(save_to))
+    if go_on_from:
+        _load(engine, Path(go_on_from))
+        _compare_step(engine, steps, calls_of(engine, steps, varying, blank), want, findings)
     return {
         "worst": {kind: asdict(gap) for kind, gap in findings.worst.items()},
         "first": asdict(findings.first) if findings.first else None,
         "owned": owned // steps,
         "size": sum(tensor.size for name, tensor in want.items() if name.startswith("init/")),
     }
+
+
+def _compare_step(
+    engine: Engine, step: int, calls: list[Call], want: dict, findings: Findings
+) -> int:
+    """Take a step and compare all of it; gives how many numbers of the gradients were counted."""
+    found = forward_backward(engine, calls)
+    _compare_scalars(found, step, want, findings)
+    zero = engine.zero
+    assert zero.all_landed(len(calls)), zero.landed
+    owned = _compare_grads(engine, step, found.correction, want, findings)
+    update(engine, found, lr=engine.config.optim.lr)
+    with engine.zero.whole_params():
+        _compare_weights(engine, step, f"{step}/weights", want, findings)
+    return owned
+
+
+def save_after(engine: Engine, steps: int, root: Path) -> None:
+    """Save a checkpoint of an engine that has taken that many steps."""
+    config = engine.config
+    samples = config.samples_after(steps)
+    tokens = samples * config.model.seq_len
+    tree = json.loads(json.dumps(config.to_dict()))
+    facts = Manifest(steps, samples, tokens, optimizer_steps=steps, config=tree, made_with={})
+    save(root / "checkpoints", engine.optimizer, engine.mesh, facts)
+
+
+def _load(engine: Engine, root: Path) -> None:
+    """Load the checkpoint that `save_after` put there, over numbers that it must replace."""
+    optimizer, axes = engine.optimizer, engine.mesh.axes
+    for idx, bucket in enumerate(engine.zero.buckets):
+        boxes = bucket.layout.boxes(bucket.updated, lambda slot: slot.shard.pieces(axes))
+        for box, flat in product(list(boxes), optimizer.numbers(idx).values()):
+            box.of(flat.detach(), bucket.updated[0]).fill_(7.0)
+    optimizer.step_count = 0
+    directory, manifest, _ = newest_for_all(root, engine.mesh, engine.device)
+    load_optimizer(Reader(directory, manifest), optimizer)
 
 
 def gap_from(tree: dict) -> Gap:

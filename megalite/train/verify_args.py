@@ -13,7 +13,7 @@ class VerifyConfig:
 
     random: int | None = None
     """Compare this many drawn layouts (None: the one of the flags); --seed draws others."""
-    max_ranks: int = 8
+    max_ranks: int = 16
     """Ranks of a drawn layout at most."""
     steps: int = 3
     """Train steps that are compared."""

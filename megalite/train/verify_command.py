@@ -13,6 +13,7 @@ import math
 import re
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,8 +22,17 @@ from typing import Any
 from megalite.core.check import check_precision
 from megalite.core.config import Config, LayoutConfig, ModelConfig
 from megalite.core.errors import RunError, UserError
-from megalite.layers.attention import load_attention
-from megalite.train.covering import Coverage, Pair, Space, draw_rows, name_of
+from megalite.train.covering import (
+    TRIPLES,
+    Combo,
+    Coverage,
+    Drawn,
+    Space,
+    draw_rows,
+    name_of,
+    small_ramp,
+)
+from megalite.train.own_files import check_own_code
 from megalite.train.ranks import Ranks
 from megalite.train.verify import TOL, Gap, gap_from, most_urgent
 from megalite.train.verify_args import VerifyRun
@@ -70,7 +80,8 @@ def verify(run: VerifyRun) -> int:
     precision = _precision(config)
     if asked.json and not Path(asked.json).absolute().parent.is_dir():
         raise UserError(f"--json {asked.json}: no such directory {Path(asked.json).parent}")
-    load_attention(config.model.attention)  # its mistakes are told here, and not by each rank
+    check_own_code(config)  # its mistakes are told here, and not by each rank
+    drawn: list[Drawn] = []
     coverage: Coverage | None = None
     if asked.random is None:
         rows = [given_row(config, most=max(MOST_RANKS, asked.max_ranks))]
@@ -91,7 +102,7 @@ def verify(run: VerifyRun) -> int:
             print("\n".join(_shown(results[-1])), flush=True)
     failed = sum(not result.ok for result in results)
     if coverage is not None:
-        print("\n" + "\n".join(_coverage_lines(coverage)))
+        print("\n" + "\n".join(_coverage_lines(coverage, drawn)))
     if len(results) > 1:
         print(f"\n{len(results)} layouts, {failed} differ from one process")
     if asked.json:
@@ -144,6 +155,8 @@ def given_row(config: Config, *, most: int) -> Row:
         for f in dataclasses.fields(lay)
         if getattr(lay, f.name) != getattr(plain, f.name) and f.name != "pp_layers"
     }
+    if config.data.reset_attention_mask:
+        changed["reset_attention_mask"] = True
     name = name_of(changed) + (" uneven" if lay.pp_layers else "")
     return Row(name, small, world)
 
@@ -153,6 +166,7 @@ def small_config(config: Config, world: int) -> Config:
     lay, train = config.layout, config.train
     microbatches = min(config.num_microbatches(world), 2 * lay.pp * lay.vpp + 1)
     micro = min(train.micro_batch_size, 2)
+    unit = micro * config.data_ranks(world)
     return replace(
         config,
         model=small_model(config),
@@ -166,7 +180,8 @@ def small_config(config: Config, world: int) -> Config:
         train=replace(
             train,
             micro_batch_size=micro,
-            global_batch_size=micro * microbatches * config.data_ranks(world),
+            global_batch_size=microbatches * unit,
+            rampup_batch_size=small_ramp(unit, microbatches) if train.rampup_batch_size else None,
         ),
     )
 
@@ -278,7 +293,9 @@ def reference_of(row: Row, ranks: Ranks, folder: Path, steps: int) -> Path:
 
 
 def _one_process(config: Config) -> Config:
-    return replace(config, layout=LayoutConfig(zero=0))
+    """One sample at a time: a layout's micro-batch size is one more thing that changes nothing."""
+    train = replace(config.train, micro_batch_size=1)
+    return replace(config, layout=LayoutConfig(zero=0), train=train)
 
 
 def _last_words(text: str) -> str:
@@ -316,20 +333,31 @@ def _shown(result: Result) -> list[str]:
     return lines
 
 
-def _coverage_lines(coverage: Coverage) -> list[str]:
-    lines = [
-        f"pairs of settings: {len(coverage.covered)} of {len(coverage.legal)} legal ones covered; "
-        f"{len(coverage.refused)} refused, by rule:"
-    ]
-    for rule, pairs in coverage.refused_by_rule().items():
-        some = "; ".join(_pair(pair) for pair in pairs[:4]) + ("; ..." if len(pairs) > 4 else "")
-        lines.append(f"  {len(pairs):>4}  {rule}   ({some})")
+def _coverage_lines(coverage: Coverage, drawn: list[Drawn]) -> list[str]:
+    """How often each value was drawn, the combinations covered, and why others cannot be."""
+    lines = ["rows that have each value, and legal combinations with it that rows cover:"]
+    for name in drawn[0].row:
+        counts = Counter(each.row[name] for each in drawn)
+        values = list(dict.fromkeys(v for c in coverage.legal for n, v in c if n == name))
+        shown = "  ".join(f"{value}: {counts[value]}" for value in values)
+        legal = [combo for combo in coverage.legal if name in dict(combo)]
+        covered = sum(combo in coverage.covered for combo in legal)
+        lines.append(f"  {name:<18} {covered:>4} of {len(legal):<4}  {shown}")
+    for size, what in ((2, "pairs"), (3, f"triples of {', '.join(TRIPLES[0])}")):
+        legal = [combo for combo in coverage.legal if len(combo) == size]
+        covered = sum(combo in coverage.covered for combo in legal)
+        lines.append(f"{what}: {covered} of {len(legal)} legal ones covered")
+    axes = Counter(tuple(each.row[axis] for axis in ("tp", "cp", "pp", "dp")) for each in drawn)
+    lines.append(f"rows of tp2 cp2 pp2 dp2: {axes[2, 2, 2, 2]}")
+    lines.append(f"combinations that no layout may have: {len(coverage.refused)}, by rule:")
+    for rule, combos in coverage.refused_by_rule().items():
+        some = "; ".join(_in_words(c) for c in combos[:4]) + ("; ..." if len(combos) > 4 else "")
+        lines.append(f"  {len(combos):>4}  {rule}   ({some})")
     return lines
 
 
-def _pair(pair: Pair) -> str:
-    a, x, b, y = pair
-    return f"{a}={x} {b}={y}"
+def _in_words(combo: Combo) -> str:
+    return " ".join(f"{name}={value}" for name, value in combo)
 
 
 def _tree(
@@ -357,11 +385,10 @@ def _tree(
         "rows": rows,
     }
     if coverage is not None:
-        refused = [[*pair, rule] for pair, rule in coverage.refused.items()]
-        tree["pairs"] = {
+        tree["combinations"] = {
             "legal": len(coverage.legal),
             "covered": len(coverage.covered),
-            "refused": refused,
+            "refused": [[_in_words(combo), rule] for combo, rule in coverage.refused.items()],
         }
     return tree
 

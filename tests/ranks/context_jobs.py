@@ -18,12 +18,26 @@ BATCH, HEADS, HEAD_DIM = 2, 4, 6
 
 
 def core_of(how: dict[str, Any], samples: torch.Tensor) -> CoreAttention:
-    plain = {"window": None, "soft_cap": None, "p": 0.0, "key": 7, "first_head": 8}
+    plain = {
+        "window": None,
+        "soft_cap": None,
+        "scale": HEAD_DIM**-0.5,
+        "p": 0.0,
+        "key": 7,
+        "first_head": 8,
+    }
     return CoreAttention(samples=samples, **{**plain, **how})
 
 
 def check_forms(
-    rank: int, world: int, form: str, length: int, heads: int, kv_heads: int, how: dict
+    rank: int,
+    world: int,
+    form: str,
+    length: int,
+    heads: int,
+    kv_heads: int,
+    how: dict,
+    starts: list[int] | None = None,
 ) -> None:
     """Output and gradients of my rows are those of the same rows of one process."""
     axis = Mesh({"cp": world}, rank=rank, kind="real").axis("cp")
@@ -33,6 +47,9 @@ def check_forms(
     whole = replace(cut, tokens=tokens, positions=torch.arange(length), context=None)
     shapes = [(length, BATCH, n, HEAD_DIM) for n in (heads, kv_heads, kv_heads, heads)]
     *qkv, dy = (drawn(1, *shape, seed=i)[0] for i, shape in enumerate(shapes))
+    if starts is not None:
+        documents = torch.tensor([starts, [0] * length]).T  # the second sample is one document
+        how = {**how, "starts": documents}
     core = core_of(how, samples)
     results = []
     for call, take in ((whole, lambda x: x), (cut, context.take)):

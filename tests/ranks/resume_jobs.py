@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from megalite.checkpoint import manifest as mf
 from megalite.checkpoint import save as save_module
 from megalite.checkpoint.load import Reader, load_optimizer, load_weights, newest_for_all
 from megalite.checkpoint.save import save
+from megalite.core.comm import barrier
 from megalite.core.config import Config
 from megalite.core.errors import CheckpointError, PeerFailed, RunError
 from megalite.core.mesh import Mesh
@@ -55,10 +57,11 @@ def advance(engine: Engine, samples: int, steps: int) -> tuple[int, list[str]]:
     )
     losses = []
     for _ in range(steps):
-        batch = config.train.global_batch_size
-        done = samples // batch + 1
+        batch = config.batch_at(samples)
+        done = 1 + next(n for n in count() if config.samples_after(n) == samples)
         lr = learning_rate(config.optim, done=done, warmup=3, total=TOTAL_STEPS)
-        losses.append(train_step(engine, loader.step(samples), lr=lr).loss.item().hex())
+        calls = loader.step(samples, config.num_microbatches(mesh.world_size, batch))
+        losses.append(train_step(engine, calls, lr=lr).loss.item().hex())
         samples += batch
     return samples, losses
 
@@ -99,6 +102,20 @@ def train_and_save(rank: int, world: int, config: dict, out: str) -> None:
     engine = engine_of(Config.from_dict(config), rank, world, "float32")
     samples, _ = advance(engine, 0, 2)
     save(Path(out), engine.optimizer, engine.mesh, facts(engine.config, 2, samples))
+
+
+def go_on(rank: int, world: int, config: dict, run: str, steps: int) -> list[float]:
+    """Train those steps in float64 from the newest checkpoint, if any, and save; gives losses."""
+    engine = engine_of(Config.from_dict(config), rank, world, "float64")
+    samples, step, root = 0, 0, Path(run) / "checkpoints"
+    if root.exists():
+        directory, manifest, _ = newest_for_all(Path(run), engine.mesh, engine.device)
+        load_optimizer(Reader(directory, manifest), engine.optimizer)
+        samples, step = manifest.samples, manifest.step
+    barrier(engine.mesh.world)
+    samples, losses = advance(engine, samples, steps)
+    save(root, engine.optimizer, engine.mesh, facts(engine.config, step + steps, samples))
+    return [float.fromhex(loss) for loss in losses]
 
 
 def load_elsewhere(rank: int, world: int, config: dict, run: str, weights_only: bool) -> list:
@@ -180,3 +197,32 @@ def greedy(rank: int, world: int, config: dict) -> list[list[int]]:
         seq_len=engine.config.model.seq_len,
         device=torch.device("cpu"),
     )
+
+
+def losses_of(engine: Engine, samples: int, steps: int) -> list[float]:
+    """The losses of the next steps."""
+    return [float.fromhex(loss) for loss in advance(engine, samples, steps)[1]]
+
+
+def train_save_and_go_on(rank: int, world: int, config: dict, out: str) -> list[float]:
+    """Train 2 steps, save, and give the next losses of the run that stays in its layout."""
+    engine = engine_of(Config.from_dict(config), rank, world, "float32")
+    samples, _ = advance(engine, 0, 2)
+    save(Path(out) / "checkpoints", engine.optimizer, engine.mesh, facts(engine.config, 2, samples))
+    return losses_of(engine, samples, 2)
+
+
+def move(rank: int, world: int, config: dict, runs: dict[str, str]) -> list[list[float]]:
+    """Load each run's checkpoint in this layout, save it again, and go on; gives the next losses.
+
+    `runs`: from where to where. One engine takes them all, so what a load leaves behind shows.
+    """
+    engine = engine_of(Config.from_dict(config), rank, world, "float32")
+    losses = []
+    for source, target in runs.items():
+        directory, manifest, _ = newest_for_all(Path(source), engine.mesh, engine.device)
+        load_optimizer(Reader(directory, manifest), engine.optimizer)
+        made = facts(engine.config, manifest.step, manifest.samples)
+        save(Path(target) / "checkpoints", engine.optimizer, engine.mesh, made)
+        losses.append(losses_of(engine, manifest.samples, 2))
+    return losses

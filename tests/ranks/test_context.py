@@ -21,6 +21,14 @@ def test_attention_over_two_ranks_equals_one_process(form, how, run_ranks):
     run_ranks(JOBS + "check_forms", 2, **asked)
 
 
+@pytest.mark.parametrize("how", ["causal", "all"])
+@pytest.mark.parametrize("form", FORMS)
+def test_attention_within_documents_equals_one_process(form, how, run_ranks):
+    starts = [0] * 4 + [4] + [5] * 6 + [11] * 5
+    asked = {"form": form, "length": 16, "heads": 4, "kv_heads": 2, "how": HOW[how]}
+    run_ranks(JOBS + "check_forms", 2, starts=starts, **asked)
+
+
 @pytest.mark.parametrize(
     "world, length, heads, kv_heads", [(3, 12, 6, 2), (3, 18, 6, 3), (4, 16, 8, 1), (4, 24, 12, 6)]
 )

@@ -143,6 +143,41 @@ def test_run_over_cut_sequences_evaluates_and_samples_as_one_process(layout, pre
     assert our_texts == texts
 
 
+@pytest.mark.parametrize("layout", [{}, {"cp": 2}], ids=["one process", "cp2"])
+def test_run_with_documents_kept_apart_resumes_bitwise(layout, prepared, train):
+    texts = [make_text(seed, 1 + seed % 3) for seed in range(60)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (prepared / "many.jsonl").write_text(lines, encoding="utf-8")
+    words = "preprocess --input many.jsonl --tokenizer tokenizer.json --out many --workers 1"
+    assert front.main(words.split()) == 0
+
+    def run(name: str, steps: int, *, resume: bool = False, apart: bool = True) -> tuple:
+        """Losses of all steps, the held-out loss at the end, and the newest checkpoint's files."""
+        out, many = prepared / name, str(prepared / "many")
+        base = config_of(out, layout, train_steps=steps, resume=resume)
+        config = replace(
+            base,
+            data=DataConfig(data=many, valid_data=many, reset_attention_mask=apart),
+            model=replace(base.model, vocab_size=VOCAB, seq_len=16),
+            optim=replace(base.optim, lr=1e-2, lr_decay="constant"),
+        )
+        ran = train(config, layout.get("cp", 1))
+        assert [(r["code"], r["err"]) for r in ran] == [(0, "")] * len(ran)
+        assert ("60 documents kept apart" in ran[0]["out"]) == apart
+        saved = json.loads((out / "config.json").read_text())
+        assert saved["data"]["reset_attention_mask"] == apart
+        found = lines_of(out)
+        losses = [line["loss"] for line in found if "loss" in line]
+        return losses, found[-1]["val_loss"], mf.newest(out)[1].files
+
+    through, across = run("through", 4), run("across", 4, apart=False)
+    run("stopped", 2)
+    assert run("stopped", 4, resume=True) == through
+    losses, val_loss, _ = through
+    assert len(losses) == 4 and losses[0] > losses[-1] > 0
+    assert losses[0] != across[0][0] and val_loss != across[1]
+
+
 def processes_with(text: str) -> list[str]:
     listed = subprocess.run(["ps", "-A", "-o", "args="], capture_output=True, text=True, check=True)
     return [line for line in listed.stdout.splitlines() if text in line]

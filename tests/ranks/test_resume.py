@@ -27,9 +27,10 @@ UNTIED_KV = replace(
 DROPOUT = replace(MODEL, dropout=0.1)
 
 
-def config_of(layout: dict, model: ModelConfig = MODEL) -> Config:
-    train = TrainConfig(micro_batch_size=1, global_batch_size=4)
-    optim = OptimConfig(lr=1e-2)
+def config_of(layout: dict, model: ModelConfig = MODEL, **other) -> Config:
+    ramp = other.get("rampup_batch_size")
+    train = TrainConfig(micro_batch_size=1, global_batch_size=4, rampup_batch_size=ramp)
+    optim = OptimConfig(lr=1e-2, optimizer=other.get("optimizer", "adamw"))
     return Config(model=model, layout=LayoutConfig(**layout), optim=optim, train=train)
 
 
@@ -38,12 +39,15 @@ def world_of(layout: dict) -> int:
 
 
 RESUMED = [
-    ({}, MODEL),
-    ({"tp": 2, "pp": 2}, DROPOUT),
-    ({"dp": 2, "zero": 1}, MODEL),
-    ({"pp": 2, "dp": 2, "zero": 3}, MODEL),
-    ({"cp": 2, "dp": 2}, MODEL),
-    ({"tp": 2, "pp": 2, "dp": 2}, MODEL),
+    ({}, MODEL, {}),
+    ({"tp": 2, "pp": 2}, DROPOUT, {}),
+    ({"dp": 2, "zero": 1}, MODEL, {}),
+    ({"pp": 2, "dp": 2, "zero": 3}, MODEL, {}),
+    ({"cp": 2, "dp": 2}, MODEL, {}),
+    ({"tp": 2, "pp": 2, "dp": 2}, MODEL, {}),
+    ({"tp": 2, "dp": 2}, MODEL, {"optimizer": "muon"}),
+    # Batches of 2 for six steps, of 3 for four and on into the part after the stop, then of 4.
+    ({}, MODEL, {"rampup_batch_size": (2, 1, 24)}),
 ]
 
 
@@ -51,9 +55,11 @@ def name_of(value):
     return " ".join(f"{k}{v}" for k, v in value.items()) if isinstance(value, dict) else ""
 
 
-@pytest.mark.parametrize("layout, model", RESUMED, ids=name_of)
-def test_resumed_run_equals_the_uninterrupted_one_bitwise(layout, model, run_ranks, tmp_path):
-    config, world = config_of(layout, model).to_dict(), world_of(layout)
+@pytest.mark.parametrize("layout, model, other", RESUMED, ids=name_of)
+def test_resumed_run_equals_the_uninterrupted_one_bitwise(
+    layout, model, other, run_ranks, tmp_path
+):
+    config, world = config_of(layout, model, **other).to_dict(), world_of(layout)
     out = str(tmp_path / "checkpoints")
     through = run_ranks(f"{JOBS}:train_through", world, config=config, out=out)
     resumed = run_ranks(f"{JOBS}:resume", world, config=config, run=str(tmp_path))
@@ -128,6 +134,85 @@ def test_checkpoint_loads_into_any_layout(saved, model, run_ranks, tmp_path):
                 part = wholes[f"weights/{name}"][slices(box)]
                 assert torch.equal(torch.tensor(numbers), part), (layout, name, box)
         assert {f"weights/{name}" for name in seen} == {n for n in wholes if "weights/" in n}
+
+
+MOVED = {
+    "one": {},
+    "tp2": {"tp": 2},
+    "pp2 interleaved": {"pp": 2, "vpp": 2, "schedule": "interleaved"},
+    "pp4 zb-h1": {"pp": 4, "schedule": "zb-h1"},
+    "dp2 zero3": {"dp": 2, "zero": 3},
+    "cp2 dp2 zero2": {"cp": 2, "dp": 2, "zero": 2},
+    "tp2 pp2 dp2": {"tp": 2, "pp": 2, "dp": 2},
+    "tp4 dp2 zero0": {"tp": 4, "dp": 2, "zero": 0},
+}
+
+
+@pytest.fixture(scope="module")
+def stayed(run_ranks, tmp_path_factory):
+    """Of each layout: the run that saved, its next losses, and its checkpoint's whole tensors."""
+    folder = tmp_path_factory.mktemp("stayed")
+    runs = {}
+    for name, layout in MOVED.items():
+        run, config = folder / name, config_of(layout).to_dict()
+        losses = run_ranks(
+            f"{JOBS}:train_save_and_go_on", world_of(layout), config=config, out=str(run)
+        )
+        runs[name] = run, losses[0], whole_tensors(run / "checkpoints" / "step-00000002")
+    return runs
+
+
+@pytest.mark.parametrize("target", MOVED)
+def test_run_that_moves_is_the_run_that_stays(target, stayed, run_ranks, tmp_path):
+    """All 7 pairs into a layout: numbers in every bit, the next losses to float32's rounding."""
+    others = [name for name in MOVED if name != target]
+    found = run_ranks(
+        f"{JOBS}:move",
+        world_of(MOVED[target]),
+        config=config_of(MOVED[target]).to_dict(),
+        runs={str(stayed[name][0]): str(tmp_path / name) for name in others},
+    )
+    for idx, name in enumerate(others):
+        _, losses, wholes = stayed[name]
+        moved = whole_tensors(tmp_path / name / "checkpoints" / "step-00000002")
+        assert moved.keys() == wholes.keys()
+        for tensor, whole in wholes.items():
+            assert moved[tensor].numpy().tobytes() == whole.numpy().tobytes(), (name, tensor)
+        assert len(losses) == 2 and len({tuple(each[idx]) for each in found}) == 1
+        assert found[0][idx] == pytest.approx(losses, rel=0, abs=1e-6), name
+
+
+CHAIN = [
+    {"tp": 2, "dp": 2, "zero": 1},
+    {"dp": 3, "zero": 3},
+    {"tp": 4, "zero": 0},
+    {"pp": 2, "dp": 2, "zero": 2},
+]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_run_that_changes_its_layout_on_the_way_is_the_one_that_did_not(
+    optimizer, run_ranks, tmp_path
+):
+    def losses(layouts: list[dict], steps: int, run: Path) -> list[float]:
+        found = []
+        for layout in layouts:
+            config = config_of(layout, UNTIED_KV, optimizer=optimizer)
+            config = replace(config, train=replace(config.train, global_batch_size=12))
+            job = {"config": config.to_dict(), "run": str(run), "steps": steps}
+            found += run_ranks(f"{JOBS}:go_on", world_of(layout), **job)[0]
+        return found
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    alone = losses([{}], 2 * len(CHAIN), tmp_path / "a")
+    ours = losses(CHAIN, 2, tmp_path / "b")
+    assert ours == pytest.approx(alone, rel=1e-10)
+    last = mf.newest(tmp_path / "b")[1].tensors
+    assert set(last) == set(mf.newest(tmp_path / "a")[1].tensors)
+    momenta = {name for name in last if name.startswith("momentum/")}
+    assert {name.split("/")[1].split(".")[0] for name in momenta} <= {"layers"}
+    assert bool(momenta) == (optimizer == "muon")
 
 
 FAILURES = [(0, "_make_empty"), (3, "save_file"), (0, "save_file"), (0, "_commit")]

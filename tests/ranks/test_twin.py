@@ -6,7 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from megalite.core.config import Config, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
+from megalite.core.config import (
+    Config,
+    DataConfig,
+    LayoutConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
 
 TOL = 1e-10
 STEPS = 3
@@ -40,13 +47,29 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_engine_equals_the_plain_twin(name: str, run_ranks):
+OPTIMS = {
+    "muon, gate and up apart": (replace(LLAMA, tie_embeddings=False), {"optimizer": "muon"}),
+    "muon": (GPT, {"optimizer": "muon", "momentum": 0.8}),
+    "sgd": (GPT, {"optimizer": "sgd", "momentum": 0.8}),
+    "muP": (replace(GPT, mup_base_width=8), {}),
+    "muP, explicit softmax": (
+        replace(LLAMA, mup_base_width=96, attention_soft_cap=1.5, logit_soft_cap=2.0),
+        {},
+    ),
+}
+CASES = {**{name: (model, {}) for name, model in MODELS.items()}, **OPTIMS}
+RUNS = [(name, False) for name in CASES] + [(name, True) for name in MODELS]
+
+
+@pytest.mark.parametrize("name, apart", RUNS, ids=[n + " documents" * a for n, a in RUNS])
+def test_engine_equals_the_plain_twin(name: str, apart: bool, run_ranks):
+    model, optim = CASES[name]
     # Several microbatches and masked labels on our side; one batch and one mean on the twin's.
     config = Config(
-        model=MODELS[name],
+        model=model,
         layout=LayoutConfig(bucket_mb=0.01),
-        optim=OptimConfig(lr=1e-2, clip_grad=0.3, eps=1e-4),
+        data=DataConfig(reset_attention_mask=apart),
+        optim=OptimConfig(lr=1e-2, clip_grad=0.3, eps=1e-4, **optim),
         train=TrainConfig(micro_batch_size=2, global_batch_size=6),
     )
     config.check(1)

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megalite import __main__ as front
-from megalite.core.config import Config, LayoutConfig, ModelConfig, TrainConfig
+from megalite.core.config import Config, DataConfig, LayoutConfig, ModelConfig, TrainConfig
 from megalite.core.errors import UserError
-from megalite.train.covering import FACTORS, Space, draw_rows, pairs_of
+from megalite.train.covering import ALL_AXES, FACTORS, TRIPLES, Space, combos_of, draw_rows
 from megalite.train.verify import TOL
 from megalite.train.verify_command import Row, given_row, reference_of, result_of, small_model
 
 JOBS = "tests.ranks.verify_jobs"
+DRAWN = 60
+"""Enough to cover every legal combination, rows on 16 ranks among them."""
 MODEL = ModelConfig(norm="rmsnorm", qk_norm=True, bias=False)
 
 
@@ -34,15 +39,15 @@ def verify(line: str) -> int:
 
 def test_drawn_layouts_equal_one_process(outside_torchrun, tmp_path, capsys):
     out = tmp_path / "table.json"
-    assert verify(f"--random 12 --seed 1 --json {out}") == 0
+    assert verify(f"--random {DRAWN} --seed 1 --steps 2 --json {out}") == 0
     shown = capsys.readouterr().out
-    assert "12 layouts, 0 differ from one process" in shown
-    assert sum(line.startswith("ok ") for line in shown.splitlines()) == 12
+    assert f"{DRAWN} layouts, 0 differ from one process" in shown
+    assert sum(line.startswith("ok ") for line in shown.splitlines()) == DRAWN
     made = json.loads(out.read_text())
-    assert (made["precision"], made["steps"], made["seed"]) == ("fp64", 3, 1)
-    assert made["pairs"]["covered"] > 0.7 * made["pairs"]["legal"] > 500
+    assert (made["precision"], made["steps"], made["seed"]) == ("fp64", 2, 1)
+    assert made["combinations"]["covered"] == made["combinations"]["legal"] > 1500
     for row in made["rows"]:
-        assert row["ok"] and row["first"] is None and row["trouble"] == "" and row["ranks"] <= 8
+        assert row["ok"] and row["first"] is None and row["trouble"] == "" and row["ranks"] <= 16
         for kind, bound in TOL["fp64"].items():
             gap = row["worst"][kind]
             assert gap["error"] <= bound and gap["kind"] == kind and gap["allowed"] == bound
@@ -101,6 +106,27 @@ def test_own_attention_equals_one_process(outside_torchrun, capsys):
     assert "\nok " in capsys.readouterr().out
 
 
+def test_own_attention_keeps_documents_apart_and_says_so(outside_torchrun, tmp_path, capsys):
+    packed = f"--tp 2 --reset-attention-mask --attention {EXAMPLE}:MyAttention"
+    assert verify(packed) == 0
+    assert "tp2 zero1 reset-attention-mask" in capsys.readouterr().out
+    silent = EXAMPLE.read_text().replace("    keeps_documents_apart = True\n", "")
+    (tmp_path / "silent.py").write_text(silent)
+    spec = f"{tmp_path}/silent.py:MyAttention"
+    line = (
+        f"megalite: error: --reset-attention-mask: --attention {spec} does not say that it minds "
+        "documents (mask by call.starts, then set keeps_documents_apart = True in the class)\n"
+    )
+    for command in ("verify", "pretrain --device cpu"):
+        words = f"{command} --reset-attention-mask --attention {spec} --out {tmp_path}/run"
+        assert front.main(words.split()) == 2
+        shown = capsys.readouterr()
+        assert (shown.out, shown.err) == ("", line)
+    assert not (tmp_path / "run").exists()
+    space = Space(Config(model=ModelConfig(attention=spec)), max_ranks=1)
+    assert space.factors["reset_attention_mask"] == (False,), "random layouts leave it out"
+
+
 def test_own_attention_with_a_wrong_shard_names_its_tensor(outside_torchrun, tmp_path, capsys):
     # The temperatures are held whole and each rank uses its own heads': the Shard does not say
     # that their gradient is then partial.
@@ -127,8 +153,9 @@ def compared(ranks, tmp_path_factory):
     """The Result of a layout whose ranks run a job of ours in place of the library's."""
     folder = tmp_path_factory.mktemp("verify")
 
-    def result(job: str, layout: dict, **kwargs):
-        config = Config(model=MODEL, layout=LayoutConfig(**layout))
+    def result(job: str, layout: dict, documents: bool = False, **kwargs):
+        data = DataConfig(reset_attention_mask=documents)
+        config = Config(model=MODEL, layout=LayoutConfig(**layout), data=data)
         row = given_row(config, most=16)
         asked = {"config": row.config.to_dict(), "precision": "fp64", "steps": 2, "varying": False}
         ref = str(reference_of(row, ranks, folder, 2))
@@ -158,6 +185,14 @@ def test_shard_that_forgets_its_blocks_names_its_tensor(compared):
     result = compared("compare", {"tp": 2}, attention="CutAsOneBlock")
     assert not result.ok and result.first.name.endswith("attention.qkv.weight")
     assert result.first.kind == "grad" and "cut over (tp, -)" in result.first.shard
+
+
+@pytest.mark.parametrize("attention", ["Attention", "SeesAcrossDocuments"])
+def test_documents_forgotten_over_context_ranks_are_found(compared, attention):
+    result = compared("compare", {"cp": 2}, documents=True, attention=attention)
+    assert result.ok == (attention == "Attention")
+    if result.first is not None:
+        assert (result.first.kind, result.first.step) == ("grad", 0) and result.first.error > 0.01
 
 
 def test_shard_cut_along_another_dimension_fails(compared):
@@ -190,7 +225,7 @@ def test_draw_follows_from_the_seed_and_every_row_is_legal():
     for drawn in rows:
         drawn.config.check(drawn.world)
         assert drawn.world <= 8
-    seen = {pair for drawn in rows for pair in pairs_of(drawn.row)}
+    seen = {combo for drawn in rows for combo in combos_of(drawn.row)}
     assert seen & coverage.legal.keys() == coverage.covered
     assert not seen & coverage.refused.keys()
 
@@ -204,7 +239,22 @@ def test_enough_rows_cover_every_legal_pair():
         for a, xs in enumerate(FACTORS.values())
         for ys in list(FACTORS.values())[a + 1 :]
     )
-    assert len(coverage.legal) + len(coverage.refused) == pairs
+    triples = sum(prod(len(FACTORS[name]) for name in names) for names in TRIPLES)
+    assert len(coverage.legal) + len(coverage.refused) == pairs + triples
+
+
+def test_rows_with_all_axes_are_drawn():
+    rows, _ = draw_rows(Space(Config(), max_ranks=16), 60, seed=2)
+    assert sum(ALL_AXES.items() <= drawn.row.items() for drawn in rows) >= 4
+    assert all(3 in {drawn.row[axis] for drawn in rows} for axis in ("tp", "pp", "dp"))
+
+
+@given(data=st.data())
+def test_combinations_of_one_factor_are_those_of_the_row_that_have_it(data):
+    row = {name: data.draw(st.sampled_from(values)) for name, values in FACTORS.items()}
+    name = data.draw(st.sampled_from(list(FACTORS)))
+    with_it = [combo for combo in combos_of(row) if name in dict(combo)]
+    assert sorted(map(str, combos_of(row, name))) == sorted(map(str, with_it))
 
 
 def test_settings_that_are_given_stay():

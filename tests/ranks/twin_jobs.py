@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import torch
 
+from megalite.core.call import Call
 from megalite.core.config import Config
 from megalite.core.params import named_parameters
 from megalite.train.loop import forward_backward, update
 from tests import twin
 from tests.ranks.jobs import calls_of, engine_of
+
+
+def _parts(call: Call) -> list[torch.Tensor]:
+    return [x for x in (call.tokens, call.labels, call.starts) if x is not None]
 
 
 def compare_with_twin(rank: int, world: int, config: dict, steps: int) -> dict[str, float]:
@@ -18,7 +23,9 @@ def compare_with_twin(rank: int, world: int, config: dict, steps: int) -> dict[s
     params = dict(named_parameters(engine.stages[0]))
     calls = [calls_of(engine, step, False) for step in range(steps)]
     batches = [
-        (torch.cat([c.tokens.T for c in step]), torch.cat([c.labels.T for c in step]))
+        tuple(
+            torch.cat([part.T for part in parts]) for parts in zip(*map(_parts, step), strict=True)
+        )
         for step in calls
     ]
     weights = {name: p.detach().clone() for name, p in params.items()}

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from megalite.core import comm
+from megalite.core.call import Call
 from megalite.core.mesh import Axis
 from megalite.core.params import give_traits, traits_of
 from megalite.core.shard import Block
@@ -48,7 +49,15 @@ class CutTheOtherWay(Attention):
         with_blocks(self.out.weight, Block(traits_of(self.out.weight).shard.shape[0], ("tp", None)))
 
 
-ATTENTIONS = {a.__name__: a for a in (Attention, NoGradSum, CutAsOneBlock, CutTheOtherWay)}
+class SeesAcrossDocuments(Attention):
+    """Documents are forgotten where sequences are cut."""
+
+    def forward(self, x: Tensor, call: Call) -> Tensor:
+        return super().forward(x, replace(call, starts=None) if call.context else call)
+
+
+FAULTY = (NoGradSum, CutAsOneBlock, CutTheOtherWay, SeesAcrossDocuments)
+ATTENTIONS = {a.__name__: a for a in (Attention, *FAULTY)}
 
 
 def compare(rank: int, world: int, attention: str, **kwargs: Any) -> dict:

@@ -94,7 +94,22 @@ LAYOUT = [
      "--schedule absent.py: cannot be read (No such file or directory)"),
     ("--pp 2 --schedule absent.py", 2,
      "--schedule absent.py: names no function (use FILE.py:NAME, or FILE.csv)"),
-    ("--optimizer adam", 1, "--optimizer adam: expected one of adamw"),
+    ("--mup-base-width 64 --optimizer muon", 1, "--mup-base-width 64: its learning rates are those "
+     "of Adam, not of --optimizer muon (use adamw)"),
+    ("--mup-base-width 0", 1, "--mup-base-width 0: must be an integer >= 1"),
+    ("--rampup-batch-size 4,4", 1,
+     "--rampup-batch-size 4,4: expected START,INCREMENT,SAMPLES, each at least 1"),
+    ("--rampup-batch-size 4,0,100", 1,
+     "--rampup-batch-size 4,0,100: expected START,INCREMENT,SAMPLES, each at least 1"),
+    ("--rampup-batch-size 4,5,100", 1, "--rampup-batch-size 4,5,100: from 4 by 5 does not come to "
+     "--global-batch-size 16 (choose START below it, at a distance that INCREMENT divides)"),
+    ("--rampup-batch-size 16,4,100", 1, "--rampup-batch-size 16,4,100: from 16 by 4 does not come "
+     "to --global-batch-size 16 (choose START below it, at a distance that INCREMENT divides)"),
+    ("--rampup-batch-size 4,4,100", 2, "--rampup-batch-size 4,4,100: a batch of 4 is no multiple "
+     "of --micro-batch-size 4 * dp 2 = 8 (START and INCREMENT must be)"),
+    ("--rampup-batch-size 8,4,100", 2, "--rampup-batch-size 8,4,100: a batch of 12 is no multiple "
+     "of --micro-batch-size 4 * dp 2 = 8 (START and INCREMENT must be)"),
+    ("--rampup-batch-size x", 1, "--rampup-batch-size x: expected integers as 3,3,2,2"),
     ("--zero 4", 2, "--zero 4: there are stages 0 to 3 (use one of them)"),
     ("--cp 2 --seq-len 254", 2, "--seq-len 254: --cp 2 --cp-form ring cut it 4 ways "
      "(nearest: 252, 256)"),
@@ -136,6 +151,12 @@ COMMAND_LINE = [
     ("--pp-layers 3,x", "--pp-layers 3,x: expected integers as 3,3,2,2"),
     ("--device gpu", "--device gpu: expected one of auto, cpu, cuda"),
     ("--resume=yes", "--resume: takes no value (use --resume or --no-resume)"),
+    ("--reset-attention-mask=1",
+     "--reset-attention-mask: takes no value (use --reset-attention-mask or "
+     "--no-reset-attention-mask)"),
+    ("--reset-attention-mask true", "unexpected argument 'true' (see megalite pretrain --help)"),
+    ("--reset-attention-masks",
+     "unknown option --reset-attention-masks (did you mean --reset-attention-mask?)"),
     ("--out ''", "--out: must not be empty"),
     ("--data ''", "--data: must not be empty"),
     ("junk", "unexpected argument 'junk' (see megalite pretrain --help)"),
@@ -150,6 +171,20 @@ COMMAND_LINE = [
     ("--out text.txt", "--out text.txt: is a file, a run needs a directory"),
     ("--out text.txt/run", "--out text.txt/run: cannot write in text.txt"),
     ("--init-from absent", "--init-from absent: no such run or checkpoint directory"),
+]  # fmt: skip
+
+# Told by the rooms behind the door: code is loaded, and it needs torch.
+OWN_CODE = [
+    ("--optimizer adam", 2, "unknown --optimizer 'adam' (did you mean adamw? known: adamw, sgd, "
+     "muon, FILE.py:NAME)"),
+    ("--dry-run --optimizer adam", 1, "unknown --optimizer 'adam' (did you mean adamw? known: "
+     "adamw, sgd, muon, FILE.py:NAME)"),
+    ("--optimizer absent.py:Mine", 1,
+     "--optimizer absent.py: cannot be read (No such file or directory)"),
+    ("--optimizer text.txt:Mine", 1, "unknown --optimizer 'text.txt:Mine' (known: adamw, sgd, "
+     "muon, FILE.py:NAME)"),
+    ("--attention absent.py:Mine", 1,
+     "--attention absent.py: cannot be read (No such file or directory)"),
 ]  # fmt: skip
 
 MISSING_DATA = [
@@ -184,7 +219,7 @@ VERBS = [
 ]  # fmt: skip
 
 ROWS = (
-    [(f"pretrain {argv}", world, text, USER) for argv, world, text in LAYOUT]
+    [(f"pretrain {argv}", world, text, USER) for argv, world, text in LAYOUT + OWN_CODE]
     + [(f"pretrain {argv}", 1, text, USER) for argv, text in COMMAND_LINE]
     + [(f"pretrain {argv}", 1, text, DATA) for argv, text in MISSING_DATA]
     + [(f"generate {argv}", 1, text, USER) for argv, text in GENERATE]
@@ -363,7 +398,9 @@ def started(command, rank):
 
 
 def test_two_ranks_refuse_alike_and_the_first_one_speaks_before_torch_is_imported(here):
-    alike = [row for row in ROWS if row[0].startswith("pretrain") and row[1] in (1, 2)]
+    loads = {f"pretrain {argv}" for argv, _, _ in OWN_CODE}
+    alike = [r for r in ROWS if r[0].startswith("pretrain") and r[1] in (1, 2)]
+    alike = [row for row in alike if row[0] not in loads]
     argv = json.dumps([split(row[0]) for row in alike])
     ranks = [started(["-c", DRIVER, argv], rank) for rank in (0, 1)]
     (first, has_torch), (second, _) = [json.loads(p.communicate(timeout=60)[0]) for p in ranks]

@@ -43,6 +43,34 @@ def test_length_that_does_not_divide_is_padded_with_labels_that_do_not_count(for
     assert sorted(counted.tolist()) == list(range(10))
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_places_count_from_the_start_of_each_document(form):
+    starts = torch.tensor([[0, 0], [0, 1], [0, 2], [3, 2], [4, 2], [4, 2]])
+    tokens = torch.zeros(6, 2, dtype=torch.int64)
+    whole = make_call(tokens, None, torch.arange(2), seq_cut=None, starts=starts)
+    assert whole.places.T.tolist() == [[0, 1, 2, 0, 0, 1], [0, 0, 0, 1, 2, 3]]
+    for idx in range(2):
+        context = Context(Axis("cp", 2, idx), form)
+        for tp_idx in range(2):
+            call = make_call(
+                tokens,
+                None,
+                torch.arange(2),
+                seq_cut=Axis("tp", 2, tp_idx),
+                context=context,
+                starts=starts,
+            )
+            real = call.row_positions < 6
+            assert torch.equal(call.row_places[real], whole.places[call.row_positions[real]])
+            padding = call.row_positions[~real] - 6
+            assert torch.equal(call.row_places[~real], padding[:, None].expand(-1, 2))
+
+
+def test_places_of_one_document_are_its_positions():
+    call = parts(24, 3, "ring")[1]
+    assert torch.equal(call.places, call.positions[:, None])
+
+
 def test_rows_of_sequence_parallelism_are_cut_within_the_context_rank():
     for tp_idx, wanted in enumerate([[2, 3], [12, 13]]):
         call = make_call(

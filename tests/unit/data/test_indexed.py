@@ -76,6 +76,38 @@ def test_documents_of_several_sequences_are_read(golden: Path) -> None:
     assert data.num_documents == 1 and data.lengths.tolist() == [3, 2]
 
 
+def write_index(prefix: Path, lengths: list[int], documents: list[int]) -> list[int]:
+    """A pair of these sequences and document indices; gives each document's first token."""
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype("<i8")
+    header = HEADER.pack(MAGIC, 1, 4, len(lengths), len(documents))
+    parts = (np.array(lengths, "<i4"), 4 * starts[:-1], np.array(documents, "<i8"))
+    prefix.with_suffix(".idx").write_bytes(header + b"".join(part.tobytes() for part in parts))
+    np.arange(starts[-1], dtype="<i4").tofile(prefix.with_suffix(".bin"))
+    return [int(starts[sequence]) for sequence in documents[:-1]]
+
+
+@pytest.mark.parametrize(
+    "lengths, documents",
+    [
+        ([3, 1, 1, 7, 2], [0, 1, 2, 3, 4, 5]),  # as we write them
+        ([3, 1, 1, 7, 2], [0, 2, 5]),  # several sequences a document
+        ([0, 3, 0, 0, 4, 2, 0], [0, 1, 2, 3, 4, 5, 6, 7]),  # empty documents
+        ([0, 3, 0, 4, 0, 2], [0, 2, 2, 4, 6, 6]),  # empty sequences, documents of none
+    ],
+)
+def test_document_starts_of_any_range_are_those_of_the_index(
+    tmp_path: Path, lengths: list[int], documents: list[int]
+) -> None:
+    total = sum(lengths)
+    starts = write_index(tmp_path / "x", lengths, documents)
+    data = IndexedDataset(tmp_path / "x")
+    for first in range(total + 1):
+        for stop in range(first, total + 1):
+            found = data.document_starts(first, stop).tolist()
+            assert found == sorted(found)
+            assert set(found) == {at for at in starts if first <= at < stop}, (first, stop)
+
+
 @pytest.mark.parametrize("vocab_size, dtype", [(65499, "uint16"), (65500, "int32")])
 def test_vocabulary_decides_the_dtype(tmp_path: Path, vocab_size: int, dtype: str) -> None:
     with IndexedWriter(tmp_path / "x", vocab_size) as writer:

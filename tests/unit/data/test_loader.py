@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from itertools import chain
+from itertools import chain, pairwise
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from megalite.core import rng
 from megalite.core.call import IGNORE
 from megalite.core.errors import DataError
 from megalite.core.mesh import Mesh
+from megalite.data.indexed import IndexedDataset, IndexedWriter
 from megalite.data.loader import Loader, Synthetic, Windows, _scramble, permuted
 
 S = 4
@@ -32,7 +33,7 @@ class Numbered:
         return np.full(S + 1, idx)
 
 
-def loaders(dp=1, micro=2, accum=3, source=None, seed=5):
+def loaders(dp=1, micro=2, accum=3, source=None, seed=5, **how):
     """The loader of each data rank."""
     return [
         Loader(
@@ -43,6 +44,7 @@ def loaders(dp=1, micro=2, accum=3, source=None, seed=5):
             num_microbatches=accum,
             device=torch.device("cpu"),
             sequence_parallel=True,
+            **how,
         )
         for rank in range(dp)
     ]
@@ -192,6 +194,62 @@ def test_windows_tile_the_stream_and_labels_follow_tokens():
     assert torch.equal(call.labels, call.tokens + 1)
     assert call.tokens.dtype == call.labels.dtype == torch.int64
     assert call.tokens.shape == (S, 2) and call.tokens.is_contiguous()
+
+
+def slow_starts(seq_len, idx, begins):
+    """The start of the document of each input of a window, token by token."""
+    first = idx * seq_len
+    return [max([at - first for at in begins if first < at <= t] + [0])
+            for t in range(first, first + seq_len)]  # fmt: skip
+
+
+BEGINS = (0, 3, 4, 8, 9, 19, 24)
+"""Documents of 3, 1, 4, 1, 10, 5 and the rest: at a window's edge, over two edges, within one."""
+
+
+def test_windows_find_documents_across_their_edges():
+    begins = np.array(BEGINS)
+    source = Windows(np.arange(29), S, lambda a, b: begins[(a <= begins) & (begins < b)])
+    found = [source.starts(i).tolist() for i in range(len(source))]
+    assert found == [slow_starts(S, i, BEGINS) for i in range(7)]
+    assert found[:3] == [[0, 0, 0, 3], [0, 0, 0, 0], [0, 1, 1, 1]]
+    assert found[3] == [0, 0, 0, 0], "begun in the window before"
+
+
+def test_loader_gives_each_sample_its_documents_or_none(tmp_path):
+    with IndexedWriter(tmp_path / "x", vocab_size=100) as writer:
+        for first, end in pairwise((*BEGINS, 29)):
+            writer.add_document(range(first, end))
+    data = IndexedDataset(tmp_path / "x")
+    source = Windows(data.tokens, S, data.document_starts)
+    (plain,) = loaders(source=source, micro=5, accum=2)
+    (one,) = loaders(source=source, micro=5, accum=2, reset_attention_mask=True)
+    for calls in (one.step(5), one.ordered(0, 7)):
+        for call in calls:
+            for starts, tokens, labels in zip(
+                call.starts.T, call.tokens.T, call.labels.T, strict=True
+            ):
+                window = tokens[0].item() // S
+                counts = (labels != IGNORE).any()
+                assert starts.tolist() == (slow_starts(S, window, BEGINS) if counts else [0] * S)
+    for ours, call in zip(one.step(5), plain.step(5), strict=True):
+        assert call.starts is None and torch.equal(call.labels, ours.labels)
+        assert torch.equal(call.tokens, ours.tokens), "documents change no token and no label"
+
+
+def test_synthetic_documents_have_all_lengths_and_follow_from_the_number():
+    source = Synthetic(300, 64, seed=7)
+    lengths = Counter()
+    for idx in range(200):
+        starts = source.starts(idx)
+        assert starts[0] == 0 and (starts <= np.arange(64)).all()
+        assert np.array_equal(starts, Synthetic(300, 64, seed=7).starts(idx))
+        edges = np.flatnonzero(np.diff(starts)) + 1
+        assert np.array_equal(starts[edges], edges)
+        lengths.update(np.diff([0, *edges, 64]).tolist())
+    assert 4 < lengths.total() / 200 < 6
+    assert lengths[1] > 0 and lengths[64] > 0
+    assert not np.array_equal(source.starts(3), source.starts(4))
 
 
 def test_data_without_a_window_is_refused():

@@ -68,6 +68,16 @@ def test_attention_mask_is_causal_and_windowed_by_position():
     assert mask.tolist() == [[False, True, True, False], [False, False, True, True]]
 
 
+def test_attention_mask_ends_at_the_start_of_the_querys_document():
+    starts = torch.tensor([[0, 0], [0, 0], [2, 0], [2, 3]])
+    q, k = torch.tensor([3, 2]), torch.tensor([0, 1, 2, 3])
+    mask = attention_mask(q, k, None, starts)
+    assert mask.shape == (2, 1, 2, 4)
+    assert mask[0, 0].int().tolist() == [[0, 0, 1, 1], [0, 0, 1, 0]]
+    assert mask[1, 0].int().tolist() == [[0, 0, 0, 1], [1, 1, 1, 0]]
+    assert attention_mask(q, k, 2, starts)[1, 0].int().tolist() == [[0, 0, 0, 1], [0, 1, 1, 0]]
+
+
 def test_rope_makes_scores_depend_on_distance_alone():
     rope = Rope(replace(CFG, position="rope"))
     q, k = torch.randn(2, 1, 1, 1, 4, dtype=torch.float64)

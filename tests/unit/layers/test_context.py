@@ -14,7 +14,14 @@ AT = torch.arange(S)
 
 
 def core_of(**how):
-    plain = {"window": None, "soft_cap": None, "p": 0.0, "key": 7, "first_head": 0}
+    plain = {
+        "window": None,
+        "soft_cap": None,
+        "scale": D**-0.5,
+        "p": 0.0,
+        "key": 7,
+        "first_head": 0,
+    }
     return CoreAttention(samples=torch.arange(B), **{**plain, **how})
 
 

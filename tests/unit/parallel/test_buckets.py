@@ -14,7 +14,7 @@ from megalite.core.params import constant, new_param, traits_of
 from megalite.core.shard import Block, Shard, slices, whole
 from megalite.models.build import build_stages
 from megalite.models.presets import num_parameters
-from megalite.parallel.buckets import ALIGN, Bucket, plan
+from megalite.parallel.buckets import ALIGN, Bucket, one_rule, plan
 
 CFG = ModelConfig(
     num_layers=2,
@@ -39,13 +39,19 @@ def mesh_of(sizes, rank):
     return Mesh(sizes, rank=rank, kind="fake", factors=factors)
 
 
-def planned(sizes, rank, bucket_bytes=3000.0, cfg=CFG):
+def matrices_whole(name, shard):
+    whole = name.startswith("layers.") and len(shard.shape) == 2
+    return ("m", True) if whole else ("adamw", False)
+
+
+def planned(sizes, rank, bucket_bytes=3000.0, cfg=CFG, rule_of=one_rule):
     mesh = mesh_of(sizes, rank)
     placement = tuple(range(sizes.get("pp", 1)))
     stages = build_stages(
         cfg, mesh, placement=placement, layers=None, sequence_parallel=True, seed=1
     )
-    return mesh, plan(stages, ways=mesh.axis("dp", "cp").size, bucket_bytes=bucket_bytes)
+    ways = mesh.axis("dp", "cp").size
+    return mesh, plan(stages, ways=ways, bucket_bytes=bucket_bytes, rule_of=rule_of)
 
 
 def module_of(**shards):
@@ -78,11 +84,12 @@ def test_ranges_of_the_data_ranks_are_equal_aligned_and_cover_the_bucket(sizes):
 
 @pytest.mark.parametrize("sizes", WORLDS, ids=str)
 @pytest.mark.parametrize("tied", [True, False])
-def test_owned_numbers_of_all_ranks_are_the_model_once(sizes, tied):
+@pytest.mark.parametrize("rule_of", [one_rule, matrices_whole])
+def test_owned_numbers_of_all_ranks_are_the_model_once(sizes, tied, rule_of):
     cfg = ModelConfig(**{**CFG.__dict__, "tie_embeddings": tied})
     by_spans, boxes = 0, Counter()
     for rank in range(prod(sizes.values())):
-        mesh, buckets = planned(sizes, rank, cfg=cfg)
+        mesh, buckets = planned(sizes, rank, cfg=cfg, rule_of=rule_of)
         for layout, _ in buckets:
             within = layout.range_of(mesh.axis("dp", "cp").idx)
             by_spans += sum(hi - lo for lo, hi in layout.owned_spans(within))
@@ -196,3 +203,28 @@ def test_partial_ranges_are_the_blocks_that_say_so():
                 local = np.arange(prod(slot.shape)).reshape(slot.shape)[slices(piece.local)]
                 expected = bool(slot.shard.blocks[piece.block].grad_sum)
                 assert (marked[slot.start + local.ravel()] == expected).all(), slot.name
+
+
+@pytest.mark.parametrize("sizes", [*WORLDS, {"dp": 16}], ids=str)
+def test_whole_matrices_lie_in_one_range_each_and_little_is_padding(sizes):
+    cfg = ModelConfig(**{**CFG.__dict__, "num_layers": 12})
+    _, buckets = planned(sizes, 0, bucket_bytes=1e5, cfg=cfg, rule_of=matrices_whole)
+    found = [layout for layout, _ in buckets if layout.key.matrix]
+    assert 1 <= len(found) < len(buckets)
+    for layout in found:
+        ranges = [layout.range_of(idx) for idx in range(layout.ways)]
+        for slot in layout.slots:
+            assert sum(lo <= slot.start and slot.stop <= hi for lo, hi in ranges) == 1
+        sizes_of = [slot.stop - slot.start for slot in layout.slots]
+        # Each range is as long as the fullest: at most half as long again as the mean.
+        assert sum(sizes_of) >= 2 * layout.ways * max(sizes_of)
+        assert layout.size <= 1.5 * sum(sizes_of) + ALIGN * layout.ways
+
+
+def test_more_ranks_than_matrices_leave_ranges_empty():
+    module, _ = module_of(a=whole(64, 4), b=whole(64, 2), c=whole(64, 1))
+    ((layout, params),) = plan(
+        {0: module}, ways=5, bucket_bytes=1.0, rule_of=lambda name, shard: ("m", True)
+    )
+    assert [(slot.name, slot.start) for slot in layout.slots] == [("a", 0), ("b", 256), ("c", 512)]
+    assert layout.size == 5 * 256 and params == [module.a, module.b, module.c]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megalite.core.call import make_call
-from megalite.core.config import Config, LayoutConfig, ModelConfig, TrainConfig
+from megalite.core.config import Config, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
 from megalite.core.mesh import Mesh
 from megalite.models.presets import num_parameters
 from megalite.plan.dry_run import dry_run
@@ -23,9 +23,11 @@ def config_of(**layout) -> Config:
     return Config(model=MODEL, layout=LayoutConfig(**layout), train=TRAIN)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_static_bytes_are_those_of_the_engine(zero):
+def test_static_bytes_are_those_of_the_engine(zero, optimizer):
     config = config_of(tp=2, pp=2, dp=4, zero=zero)
+    config = replace(config, optim=OptimConfig(optimizer=optimizer))
     for pp in range(2):
         said = stage_memory(config, 16, pp, torch.float32)
         mesh = Mesh(mesh_sizes(config, 16), rank=8 * pp, kind="fake")

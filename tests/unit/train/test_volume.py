@@ -12,11 +12,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megalite.core.config import Config, LayoutConfig, ModelConfig, TrainConfig
+from megalite.core.config import Config, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
 from megalite.core.mesh import Mesh
 from megalite.data.loader import Loader, Synthetic
 from megalite.train.build import build_engine, mesh_factors, mesh_sizes
-from megalite.train.loop import forward_backward
+from megalite.train.loop import train_step
 
 MODEL = ModelConfig(
     num_layers=4, hidden_size=32, num_heads=4, vocab_size=64, seq_len=16, position="rope"
@@ -28,11 +28,14 @@ TOKENS = MODEL.seq_len * MICRO * 4
 """Bytes of one float32 number a token."""
 
 
-def sent(rank: int = 0, model: ModelConfig = MODEL, **layout) -> tuple[dict, object]:
-    """(op, axis) -> (count, bytes) of one forward and backward on that rank, and its engine."""
+def sent(
+    rank: int = 0, model: ModelConfig = MODEL, optimizer: str = "adamw", **layout
+) -> tuple[dict, object]:
+    """(op, axis) -> (count, bytes) of one step on that rank, and its engine."""
     dp = layout.setdefault("dp", 1)
     train = TrainConfig(micro_batch_size=MICRO, global_batch_size=MICRO * M * dp)
-    config = Config(model=model, layout=LayoutConfig(**layout), train=train)
+    optim = OptimConfig(optimizer=optimizer)
+    config = Config(model=model, layout=LayoutConfig(**layout), optim=optim, train=train)
     world = layout.get("tp", 1) * layout.get("pp", 1) * dp
     config.check(world)
     sizes, factors = mesh_sizes(config, world), mesh_factors(config)
@@ -49,8 +52,7 @@ def sent(rank: int = 0, model: ModelConfig = MODEL, **layout) -> tuple[dict, obj
         sequence_parallel=config.layout.sequence_parallel,
     )
     begin = mesh.log.total
-    forward_backward(engine, loader.step(0))
-    engine.zero.gather_params()  # what follows the update
+    train_step(engine, loader.step(0), lr=1e-3)
     count, size = Counter(), Counter()
     for entry in mesh.log.since(begin):
         assert entry.completed
@@ -156,3 +158,29 @@ def test_full_recomputation_repeats_the_forward_of_each_layer():
     for op in ("all_gather", "reduce_scatter"):
         count, size = plain[op, "tp"]
         assert again[op, "tp"] == (count + more, size + more * FULL)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_muon_gathers_the_matrices_of_each_owner_over_tp_once_a_step(zero):
+    layout = {"tp": 2, "dp": 4, "zero": zero}
+    plain, before = sent(**layout)
+    found, engine = sent(**layout, optimizer="muon")
+    ranges = [b.grads.numel() * 4 for b in engine.zero.buckets if b.layout.key.matrix]
+    count, size = plain["all_gather", "tp"]
+    # Of what this rank updates: a part of the buckets, from stage 1 on a dp-th of it.
+    owned = [n for n, b in zip(ranges, matrix_buckets(engine), strict=True) if owns_any(engine, b)]
+    assert 0 < len(owned) <= len(ranges)
+    assert found["all_gather", "tp"] == (count + len(owned), size + 2 * sum(owned))
+    # Over dp nothing is added but padding: less than a largest matrix a rank and bucket.
+    matrices = [slot.stop - slot.start for b in matrix_buckets(engine) for slot in b.layout.slots]
+    padding = flat_bytes(engine) - flat_bytes(before)
+    assert padding <= 4 * len(ranges) * 4 * max(matrices)
+
+
+def matrix_buckets(engine) -> list:
+    return [b for b in engine.zero.buckets if b.layout.key.matrix]
+
+
+def owns_any(engine, bucket) -> bool:
+    lo, hi = bucket.updated
+    return any(lo <= slot.start < hi for slot in bucket.layout.slots)
