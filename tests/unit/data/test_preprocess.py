@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megalite.core.errors import DataError, UserError
@@ -45,6 +46,17 @@ def test_documents_end_with_eod_unless_told_otherwise() -> None:
     ends = run().lengths.cumsum() - 1
     assert (IndexedDataset("out/x").tokens[ends] == tokenizer.eod).all()
     assert tokenizer.eod not in run(append_eod=False).tokens
+
+
+def test_index_has_a_document_start_after_each_end_of_text() -> None:
+    data = run()
+    (ends,) = np.nonzero(data.tokens == make_tokenizer().eod)
+    starts = data.document_starts(0, len(data.tokens))
+    assert starts.tolist() == [0, *(ends[:-1] + 1)] and len(starts) == len(TEXTS)
+    # Without the token the borders are the same texts'.
+    plain = run(append_eod=False)
+    expected = starts - np.arange(len(TEXTS))
+    assert plain.document_starts(0, len(plain.tokens)).tolist() == expected.tolist()
 
 
 def test_meta_says_what_training_needs(capsys: pytest.CaptureFixture[str]) -> None:

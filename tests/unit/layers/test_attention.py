@@ -89,6 +89,17 @@ def test_rope_makes_scores_depend_on_distance_alone():
         torch.testing.assert_close(diagonal, diagonal[0].expand_as(diagonal))
 
 
+def test_rope_restarts_at_each_document():
+    # No score shows it, since scores go by distance: the rotation itself has to be compared.
+    rope = Rope(replace(CFG, position="rope"))
+    x = torch.randn(8, 2, 1, 4, dtype=torch.float64)
+    alone = rope(x[3:], call_of(5))
+    starts = torch.tensor([[0, 0]] * 3 + [[3, 0]] * 5)
+    packed = rope(x, replace(call_of(8), starts=starts))
+    assert torch.equal(packed[3:, 0], alone[:, 0])
+    assert torch.equal(packed[:, 1], rope(x, call_of(8))[:, 1])
+
+
 def test_rope_follows_the_positions_of_each_call():
     rope = Rope(replace(CFG, position="rope"))
     x = torch.randn(8, 1, 1, 4)
