@@ -328,6 +328,7 @@ def config_of(row: Row, base: Config) -> Config:
         base.train,
         **_fields_in(row, base.train),
         global_batch_size=row["microbatches"] * unit,
+        # Of one microbatch there is none, which check then says.
         rampup_batch_size=small_ramp(unit, row["microbatches"]) if row["ramp"] else None,
     )
     data = replace(base.data, **_fields_in(row, base.data))
@@ -343,9 +344,9 @@ def _minds_documents(base: Config) -> bool:
     return True
 
 
-def small_ramp(unit: int, microbatches: int) -> tuple[int, int, int] | None:
-    """A ramp that the first three steps see; `unit` samples are one microbatch of every rank."""
-    return (unit, (microbatches - 1) * unit, 2 * unit) if microbatches > 1 else None
+def small_ramp(unit: int, microbatches: int) -> tuple[int, int, int]:
+    """A ramp whose end the third step sees; `unit` samples are one microbatch of every rank."""
+    return unit, max(1, microbatches - 1) * unit, 2 * unit
 
 
 def _fields_in(row: Row, group: Any) -> Row:
@@ -360,7 +361,7 @@ def name_of(settings: Mapping[str, Any]) -> str:
         word = name.replace("_", "-")
         if isinstance(value, bool):
             words.append(word if value else f"no-{word}")
-        elif name in ("schedule", "form"):
+        elif name in ("schedule", "form", "optimizer"):
             words.append(value.rpartition("/")[2] if is_file(value) else str(value))
         else:
             short = {"micro-batch-size": "micro", "num-kv-heads": "kv", "microbatches": "n"}

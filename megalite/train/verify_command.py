@@ -167,6 +167,7 @@ def small_config(config: Config, world: int) -> Config:
     microbatches = min(config.num_microbatches(world), 2 * lay.pp * lay.vpp + 1)
     micro = min(train.micro_batch_size, 2)
     unit = micro * config.data_ranks(world)
+    grows = train.rampup_batch_size is not None and microbatches > 1
     return replace(
         config,
         model=small_model(config),
@@ -181,7 +182,7 @@ def small_config(config: Config, world: int) -> Config:
             train,
             micro_batch_size=micro,
             global_batch_size=microbatches * unit,
-            rampup_batch_size=small_ramp(unit, microbatches) if train.rampup_batch_size else None,
+            rampup_batch_size=small_ramp(unit, microbatches) if grows else None,
         ),
     )
 

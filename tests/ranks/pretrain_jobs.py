@@ -56,6 +56,12 @@ def disagree(rank: int, world: int, config: dict, lr_of: list[float]) -> str:
     return ""
 
 
+def train_beside(rank: int, world: int, config: dict, folders: list[str]) -> dict:
+    """Run `pretrain` with one config in a working directory for each rank."""
+    os.chdir(folders[rank])
+    return train(rank, world, config)
+
+
 def train_apart(rank: int, world: int, configs: list[dict]) -> dict:
     """Run `pretrain` with a config for each rank."""
     return train(rank, world, configs[rank])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -266,6 +267,69 @@ def test_ranks_that_disagree_on_the_layout_do_not_wait_for_each_other(tmp_path, 
         r"front door: config differs .* rank 1 \(\S+\) has tp=1, rank 0 has 2 ", first["err"]
     )
     assert not (tmp_path / "run").exists()
+
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "my_optimizer.py"
+
+
+def test_ranks_with_unlike_files_of_one_name_do_not_start(tmp_path, run_ranks):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder, comment in zip(folders, ("", "# mended\n"), strict=True):
+        folder.mkdir()
+        (folder / "mine.py").write_text(EXAMPLE.read_text() + comment)
+    config = config_of(tmp_path / "run", {"dp": 2})
+    config = replace(config, optim=replace(config.optim, optimizer="mine.py:Lion"))
+    job = {"config": config.to_dict(), "folders": [str(folder) for folder in folders]}
+    first, second = run_ranks(f"{JOBS}:train_beside", 2, timeout=60, **job)
+    assert first == second and first["code"] == 2
+    assert re.match(
+        r"front door: config differs between ranks: rank 1 \(\S+\) has sha256 of --optimizer="
+        r"[0-9a-f]{64}, rank 0 has [0-9a-f]{64} ",
+        first["err"],
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_run_names_its_own_files_and_says_when_they_have_changed(tmp_path, train):
+    mine = tmp_path / "mine.py"
+    mine.write_text(EXAMPLE.read_text())
+    config = config_of(tmp_path / "run", {"dp": 2})
+    config = replace(config, optim=replace(config.optim, optimizer=f"{mine}:Lion"))
+    assert [one["code"] for one in train(config, 2)] == [0, 0]
+    first = hashlib.sha256(mine.read_bytes()).hexdigest()
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert written["files"] == {"optimizer": {"path": f"{mine}:Lion", "sha256": first}}
+    assert Config.from_dict(written) == config
+    unchanged, _ = train(resumed(config), 2)
+    assert "warning" not in unchanged["out"] and "resumed at step 4 " in unchanged["out"]
+    mine.write_text(EXAMPLE.read_text() + "# mended\n")
+    second = hashlib.sha256(mine.read_bytes()).hexdigest()
+    again = replace(config, train=replace(config.train, resume=True, train_steps=8))
+    changed, _ = train(again, 2)
+    (told,) = [line for line in changed["out"].splitlines() if "warning" in line]
+    assert told == (
+        f"megalite: warning: --optimizer {mine}:Lion: has changed since the checkpoint was "
+        f"written (sha256 {first[:12]}, now {second[:12]})"
+    )
+    assert mf.newest(tmp_path / "run")[1].step == 8
+
+
+def test_batch_grows_with_the_samples_and_the_rate_with_the_tokens(tmp_path, train):
+    config = config_of(
+        tmp_path, {"dp": 2}, global_batch_size=6, rampup_batch_size=(2, 2, 12), train_steps=6
+    )
+    optim = replace(config.optim, lr_decay_by="tokens", lr_decay="linear", min_lr_ratio=0.0)
+    ran = train(replace(config, optim=optim), 2)
+    assert [(one["code"], one["err"]) for one in ran] == [(0, ""), (0, "")]
+    lines = lines_of(tmp_path)
+    # 2 until 6 samples are taken, 4 until 12, then 6.
+    samples = [2, 4, 6, 10, 14, 20]
+    assert [line["samples"] for line in lines] == samples
+    assert [line["tokens"] for line in lines] == [8 * n for n in samples]
+    assert [line["lr"] for line in lines] == pytest.approx([1e-3 * (1 - n / 20) for n in samples])
+    shown = re.findall(r"eta \S+  (\d+) samples", ran[0]["out"])
+    assert shown == [str(n) for n in samples]
+    assert "batch  6 samples (from 2 by 2 over 12) = " in ran[0]["out"]
 
 
 @pytest.fixture

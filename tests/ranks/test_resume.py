@@ -190,14 +190,11 @@ CHAIN = [
 ]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_run_that_changes_its_layout_on_the_way_is_the_one_that_did_not(
-    optimizer, run_ranks, tmp_path
-):
+def test_muon_run_that_changes_its_layout_on_the_way_is_the_one_that_did_not(run_ranks, tmp_path):
     def losses(layouts: list[dict], steps: int, run: Path) -> list[float]:
         found = []
         for layout in layouts:
-            config = config_of(layout, UNTIED_KV, optimizer=optimizer)
+            config = config_of(layout, UNTIED_KV, optimizer="muon")
             config = replace(config, train=replace(config.train, global_batch_size=12))
             job = {"config": config.to_dict(), "run": str(run), "steps": steps}
             found += run_ranks(f"{JOBS}:go_on", world_of(layout), **job)[0]
@@ -211,8 +208,7 @@ def test_run_that_changes_its_layout_on_the_way_is_the_one_that_did_not(
     last = mf.newest(tmp_path / "b")[1].tensors
     assert set(last) == set(mf.newest(tmp_path / "a")[1].tensors)
     momenta = {name for name in last if name.startswith("momentum/")}
-    assert {name.split("/")[1].split(".")[0] for name in momenta} <= {"layers"}
-    assert bool(momenta) == (optimizer == "muon")
+    assert {name.split("/")[1].split(".")[0] for name in momenta} == {"layers"}
 
 
 FAILURES = [(0, "_make_empty"), (3, "save_file"), (0, "save_file"), (0, "_commit")]

@@ -154,3 +154,25 @@ def test_schedule_of_the_users_own_is_proven_at_the_microbatches_of_the_step(tmp
     )
     with pytest.raises(UserError, match="is written for 2 microbatches, the step has 4 "):
         dataclasses.replace(config, train=TrainConfig(global_batch_size=16)).check(2)
+
+
+def ramp_of(*ramp, last=16):
+    return Config(train=TrainConfig(global_batch_size=last, rampup_batch_size=ramp))
+
+
+def test_batch_is_a_function_of_the_samples_taken():
+    config = ramp_of(4, 4, 30)
+    assert list(config.batch_sizes()) == [4, 8, 12, 16]
+    at = {0: 4, 4: 4, 9: 4, 10: 8, 19: 8, 20: 12, 29: 12, 30: 16, 10**9: 16}
+    assert {samples: config.batch_at(samples) for samples in at} == at
+    assert {Config().batch_at(samples) for samples in (0, 7, 10**9)} == {16}
+
+
+@pytest.mark.parametrize("ramp", [(4, 4, 30), (1, 1, 1), (2, 14, 1000), (8, 2, 77)])
+def test_samples_after_some_steps_are_those_of_each_step(ramp):
+    config, samples = ramp_of(*ramp), 0
+    for step in range(200):
+        assert config.samples_after(step) == samples
+        samples += config.batch_at(samples)
+    assert ramp_of(*ramp).samples_after(10**9) > 10**9
+    assert Config().samples_after(7) == 7 * 16

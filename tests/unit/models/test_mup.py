@@ -21,7 +21,7 @@ from megalite.train.build import build_engine
 from megalite.train.loop import train_step
 
 CPU = torch.device("cpu")
-WIDTHS = (64, 128, 256, 512)
+WIDTHS = (64, 192, 512)
 BASE = 64
 STEPS = 3
 MODEL = ModelConfig(
@@ -70,25 +70,24 @@ def moved(width: int, mup: bool) -> dict[str, float]:
 def test_updates_move_activations_alike_at_every_width_with_mup_alone(what):
     with_mup = [moved(width, True)[what] for width in WIDTHS]
     without = [moved(width, False)[what] for width in WIDTHS]
-    print(what, [f"{x:.3g}" for x in with_mup], [f"{x:.3g}" for x in without])
-    assert max(with_mup) < 1.6 * min(with_mup), with_mup
+    assert max(with_mup) < 2 * min(with_mup), with_mup
     assert without[-1] > 3 * without[0] and without == sorted(without), without
 
 
 def test_weights_and_rates_are_those_of_table_8():
-    wide, base = engine_of(256, True), engine_of(64, True)
-    plain = engine_of(256, False)
+    wide, base = engine_of(128, True), engine_of(64, True)
+    plain = engine_of(128, False)
     there = dict(named_parameters(base.stages[0]))
     usual = dict(named_parameters(plain.stages[0]))
     for name, param in named_parameters(wide.stages[0]):
         hidden = name.startswith("layers.") and param.dim() == 2
-        assert traits_of(param).lr_mult == (0.25 if hidden else 1.0)
+        assert traits_of(param).lr_mult == (0.5 if hidden else 1.0)
         assert traits_of(there[name]).lr_mult == 1.0
-        torch.testing.assert_close(param.data, usual[name].data * (0.5 if hidden else 1.0))
+        torch.testing.assert_close(param.data, usual[name].data * (0.5**0.5 if hidden else 1.0))
 
 
 def test_decay_of_a_step_is_the_same_at_every_width():
-    engine = engine_of(256, True)
+    engine = engine_of(128, True)
     optimizer = engine.optimizer
     optimizer.cfg = replace(optimizer.cfg, weight_decay=0.5)
     before = {name: p.detach().clone() for name, p in named_parameters(engine.stages[0])}
