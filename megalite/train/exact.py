@@ -23,13 +23,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from megalite.core.errors import RunError
 
@@ -66,11 +67,9 @@ class _ExactSums(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.namespace == "c10d":
-            _check_collective(func, args)
-            return func(*args, **kwargs)
-        floats = [t for t in tree_leaves((args, kwargs)) if _is_float(t)]
-        if not floats or func.is_view or func.overloadpacket in MOVES:
+        # A collective adds what are multiples already. One sum too many would show in the bits.
+        moves = func.is_view or func.overloadpacket in MOVES or func.namespace == "c10d"
+        if moves or not any(x.is_floating_point() for x in _tensors(args, kwargs)):
             return func(*args, **kwargs)
         if func in SUMS:
             return SUMS[func](*args, **kwargs)
@@ -81,12 +80,17 @@ class _ExactSums(TorchDispatchMode):
                 return COMPOSED[func](*args, **kwargs)
             result = func.decompose(*args, **kwargs)
         if result is NotImplemented:
-            raise RunError(f"--fixed-order does not know the op {func} (train/exact.py has a table)")
+            raise RunError(
+                f"--fixed-order does not know the op {func} (train/exact.py has a table)"
+            )
         return result
 
 
-def _is_float(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.is_floating_point()
+def _tensors(args: Any, kwargs: Any) -> Iterator[Tensor]:
+    for arg in (*args, *kwargs.values()):
+        for x in arg if isinstance(arg, (list, tuple)) else (arg,):
+            if isinstance(x, Tensor):
+                yield x
 
 
 # -- sums --------------------------------------------------------------------------------------
@@ -213,10 +217,6 @@ def _sum_along(x: Tensor, dim: int) -> Tensor:
     return x.cumsum(dim)
 
 
-def _check_collective(func: Any, args: Any) -> None:
-    """Refuse an all-reduce whose sum over the ranks might round."""
-
-
 # -- ops made of sums and functions of single numbers ------------------------------------------
 
 
@@ -312,60 +312,57 @@ COMPOSED: dict[Any, Callable[..., Any]] = {
 # -- functions of single numbers ---------------------------------------------------------------
 
 POINTWISE = {aten._foreach_add_, aten._fused_adamw_}
+"""Such functions that torch does not tag, as they take lists."""
+ROUNDED_ONCE = {aten.add, aten.add_, aten.sub, aten.sub_, aten.mul, aten.mul_, aten.div, aten.div_}
+"""Those that IEEE 754 defines to the last bit (without `alpha`, which may be a fused product)."""
 
 
 def _pointwise(func: Any, args: Any, kwargs: Any) -> Any:
     """`func` of contiguous tensors that fill whole vectors."""
-    leaves, spec = tree_flatten((args, kwargs))
-    shapes = [x.shape for x in leaves if isinstance(x, Tensor) and x.dim()]
-    if not shapes:
+    given = [x for x in _tensors(args, kwargs) if x.dim()]
+    if not given or (func.overloadpacket in ROUNDED_ONCE and "alpha" not in kwargs):
         return func(*args, **kwargs)
-    shape = torch.broadcast_shapes(*shapes)
-    n = shape.numel()
-
-    def padded(x: Any) -> Any:
-        if not isinstance(x, Tensor) or not x.dim():
-            return x
-        whole = x.new_ones(-(-n // VECTOR) * VECTOR)
+    shape = np.broadcast_shapes(*{tuple(x.shape) for x in given})
+    n = prod(shape)
+    if n % VECTOR == 0 and all(x.shape == shape and x.is_contiguous() for x in given):
+        return func(*args, **kwargs)
+    padded = {}
+    for x in given:
+        padded[id(x)] = whole = x.new_ones(-(-n // VECTOR) * VECTOR)
         whole[:n].view(shape).copy_(x)
-        return whole
 
-    inside = [padded(x) for x in leaves]
-    some_args, some_kwargs = tree_unflatten(inside, spec)
-    result = func(*some_args, **some_kwargs)
-    to = {id(old): new for old, new in zip(leaves, inside, strict=True)}
-    written = _written(func, args, kwargs)
-    for old in written:
-        if to[id(old)] is not old:
-            old.copy_(to[id(old)][:n].view(shape))
+    def inside(arg: Any) -> Any:
+        if isinstance(arg, (list, tuple)):
+            return [inside(x) for x in arg]
+        return padded.get(id(arg), arg)
+
+    result = func(*map(inside, args), **{name: inside(arg) for name, arg in kwargs.items()})
+    written = list(_written(func, args, kwargs))
+    for x in written:
+        if x.dim():
+            x.copy_(padded[id(x)][:n].view(shape))
     if written:
         return written[0] if isinstance(result, Tensor) else result
     return result[:n].view(shape)
 
 
-def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
     """The tensors that an op overwrites."""
-    names = [argument.name for argument in func._schema.arguments]
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    return [
-        leaf
-        for argument in func._schema.arguments
-        if argument.alias_info is not None and argument.alias_info.is_write
-        for leaf in tree_leaves(given.get(argument.name))
-    ]
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = args[i] if i < len(args) else kwargs.get(argument.name)
+            yield from _tensors((given,), {})
 
 
 # -- what moves numbers ------------------------------------------------------------------------
 
-MOVES = {
-    getattr(aten, name)
-    for name in (
-        "alias amax amin any all arange argmax argmin as_strided_ _to_copy cat clone "
-        "constant_pad_nd copy copy_ detach_ embedding empty_like equal fill fill_ flip "
-        "full_like gather index index_fill index_fill_ index_select isinf isnan lift_fresh "
-        "_local_scalar_dense masked_fill masked_fill_ masked_select max maximum min minimum new_empty new_empty_strided "
-        "new_full new_ones new_zeros ones_like repeat roll resize_ select_backward set_ "
-        "slice_backward sort split_with_sizes_copy stack topk tril triu _unsafe_view zero_ "
-        "zeros_like"
-    ).split()
-}
+_MOVING = """
+alias all amax amin any argmax argmin _to_copy cat clone constant_pad_nd copy copy_ embedding
+empty_like equal fill fill_ flip full_like gather index index_fill index_fill_ index_select isinf
+isnan lift_fresh _local_scalar_dense masked_fill masked_fill_ masked_select max maximum min minimum
+new_empty new_empty_strided new_full new_ones new_zeros ones_like repeat resize_ roll
+select_backward set_ slice_backward sort split_with_sizes_copy stack topk tril triu _unsafe_view
+zero_ zeros_like
+"""
+MOVES = {getattr(aten, name) for name in _MOVING.split()}
+"""Ops that are no views and give numbers that they were given, or zeros and ones."""

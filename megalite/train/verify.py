@@ -44,8 +44,10 @@ TOL: dict[str, dict[str, float]] = {
     "bf16": {"init": 8e-3, "loss": 2e-2, "norm": 5e-2, "grad": 2e-1},
 }
 """Bounds of max|a - b| / max(max|reference|, a floor of its kind), by precision."""
-NO_BIT = {kind: 0.0 for kind in KINDS}
+NO_BIT = dict.fromkeys(KINDS, 0.0)
 """Bounds where no sum depends on its order (exact.py)."""
+CLOSE = {**dict.fromkeys(TOL["fp64"], 1e-13), "init": 1e-14}
+"""In fp64, bounds of layouts that round other numbers than one process does (`other_rounding`)."""
 
 
 @dataclass(frozen=True)
@@ -224,8 +226,8 @@ def compare(
     `bounds` stand in for those of the precision; `later`: wider ones for the steps after the first.
 
     Gives, as JSON: `worst`, the worst Gap of each kind; `first`, the first out of tolerance (None);
-    `differing`, how many numbers here have other bits; `owned`, how many numbers of the gradients this rank counts, over all ranks the model once; and
-    `size`, the numbers of the model.
+    `differing`, how many numbers here have other bits; `owned`, how many numbers of the gradients
+    this rank counts, over all ranks the model once; and `size`, the numbers of the model.
     """
     engine = engine_of(Config.from_dict(config), rank, world, precision, **kwargs)
     want = dict(np.load(Path(ref)))
@@ -249,6 +251,16 @@ def compare(
         "owned": owned // steps,
         "size": sum(tensor.size for name, tensor in want.items() if name.startswith("init/")),
     }
+
+
+def other_rounding(config: Config) -> str:
+    """Why a layout's numbers are rightly not one process's to the last bit; empty if they are."""
+    layout = config.layout
+    if layout.cp > 1 and layout.cp_form == "ring":
+        return "ring attention merges blocks by their log-sum-exp, which is not a sum"
+    if config.model.kv_heads < layout.tp:
+        return "tp ranks that share a kv head multiply its gradient before they add their parts"
+    return ""
 
 
 def reference_in_fixed_order(rank: int, world: int, **kwargs: Any) -> list[float]:
