@@ -71,8 +71,8 @@ class Optimizer:
         for bucket, spans in zip(self.zero.buckets, self._owned, strict=True):
             base = bucket.updated[0]
             for lo, hi in spans:
-                norm = torch.linalg.vector_norm(bucket.grads[lo - base : hi - base])
-                total += norm.to(torch.float64) ** 2
+                grads = bucket.grads[lo - base : hi - base]
+                total += torch.dot(grads, grads).to(torch.float64)
         return total
 
     def step(self, *, lr: float, scale: Tensor) -> None:

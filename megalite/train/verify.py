@@ -31,6 +31,7 @@ from megalite.core.params import named_parameters, traits_of
 from megalite.core.shard import Box, in_words, slices
 from megalite.data.loader import Synthetic
 from megalite.train.build import DTYPES, Engine, build_engine, mesh_factors, mesh_sizes
+from megalite.train.exact import exact_sums
 from megalite.train.loop import Reduced, forward_backward, update
 
 # s sequence, b micro batch
@@ -48,6 +49,10 @@ TOL: dict[str, dict[str, float]] = {
     "bf16": {"init": 8e-3, "loss": 2e-2, "norm": 5e-2, "grad": 2e-1},
 }
 """Bounds of max|a - b| / max(max|reference|, a floor of its kind), by precision."""
+NO_BIT = dict.fromkeys(KINDS, 0.0)
+"""Bounds where no sum depends on its order (exact.py)."""
+CLOSE = {**dict.fromkeys(TOL["fp64"], 1e-13), "init": 1e-14}
+"""In fp64, bounds of layouts that round other numbers than one process does (`other_rounding`)."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,8 @@ class Findings:
     later: dict[str, float] = field(default_factory=dict)
     worst: dict[str, Gap] = field(default_factory=dict)
     first: Gap | None = None
+    differing: int = 0
+    """Numbers whose bits are not the reference's."""
 
     def see(self, gap: Gap) -> None:
         """Keep what is worse than all before."""
@@ -99,6 +106,7 @@ class Findings:
     ) -> None:
         """Compare one box of a tensor with the reference's whole one."""
         theirs = whole[slices(part.box)]
+        self.differing += int(np.count_nonzero(_bits(ours) != _bits(theirs)))
         gaps = np.abs(ours - theirs)
         at = np.unravel_index(int(gaps.argmax()), gaps.shape)  # the first NaN, if there is one
         error = float(gaps[at]) / floor
@@ -116,6 +124,10 @@ class Part:
     name: str
     box: Box
     shard: str
+
+
+def _bits(numbers: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(numbers, dtype=np.float64).view(np.int64)
 
 
 def _urgency(gap: Gap) -> tuple[int, int, bool, float]:
@@ -231,6 +243,7 @@ def compare(
     varying: bool,
     ref: str,
     later: dict[str, float] | None = None,
+    bounds: dict[str, float] | None = None,
     blank: Sequence[int] = (),
     save_to: str = "",
     go_on_from: str = "",
@@ -238,17 +251,17 @@ def compare(
 ) -> dict:
     """Train this layout and compare with the file that `reference` wrote.
 
-    `later`: wider bounds for the steps after the first, by kind. `save_to`: a directory for a
-    checkpoint after the last step. `go_on_from`: one that another layout saved there; it is loaded
-    then, and one step more is compared.
+    `bounds` stand in for those of the precision; `later`: wider ones for the steps after the first.
+    `save_to`: a directory for a checkpoint after the last step. `go_on_from`: one that another
+    layout saved there; it is loaded then, and one step more is compared.
 
     Gives, as JSON: `worst`, the worst Gap of each kind; `first`, the first out of tolerance (None);
-    `owned`, how many numbers of the gradients this rank counts, over all ranks the model once; and
-    `size`, the numbers of the model.
+    `differing`, how many numbers here have other bits; `owned`, how many numbers of the gradients
+    this rank counts, over all ranks the model once; and `size`, the numbers of the model.
     """
     engine = engine_of(Config.from_dict(config), rank, world, precision, **kwargs)
     want = dict(np.load(Path(ref)))
-    findings = Findings(TOL[precision], later or {})
+    findings = Findings(bounds or TOL[precision], later or {})
     with engine.zero.whole_params():
         _compare_weights(engine, 0, "init", want, findings)
     owned = 0
@@ -262,6 +275,7 @@ def compare(
     return {
         "worst": {kind: asdict(gap) for kind, gap in findings.worst.items()},
         "first": asdict(findings.first) if findings.first else None,
+        "differing": findings.differing,
         "owned": owned // steps,
         "size": sum(tensor.size for name, tensor in want.items() if name.startswith("init/")),
     }
@@ -304,6 +318,28 @@ def _load(engine: Engine, root: Path) -> None:
     load_optimizer(Reader(directory, manifest), optimizer)
 
 
+def other_rounding(config: Config) -> str:
+    """Why a layout's numbers are rightly not one process's to the last bit; empty if they are."""
+    layout = config.layout
+    if layout.cp > 1 and layout.cp_form == "ring":
+        return "ring attention merges blocks by their log-sum-exp, which is not a sum"
+    if config.model.kv_heads < layout.tp:
+        return "tp ranks that share a kv head multiply its gradient before they add their parts"
+    return ""
+
+
+def reference_in_fixed_order(rank: int, world: int, **kwargs: Any) -> list[float]:
+    """`reference` with exact sums."""
+    with exact_sums():
+        return reference(rank, world, **kwargs)
+
+
+def compare_in_fixed_order(rank: int, world: int, **kwargs: Any) -> dict:
+    """`compare` with exact sums."""
+    with exact_sums():
+        return compare(rank, world, **kwargs)
+
+
 def gap_from(tree: dict) -> Gap:
     """The Gap of a `compare`."""
     return Gap(**{**tree, "index": tuple(tree["index"])})
@@ -319,6 +355,7 @@ def _compare_scalars(found: Reduced, step: int, want: dict, findings: Findings) 
         theirs = float(want[f"{step}/{kind}"])
         error = abs(ours.item() - theirs) / abs(theirs)
         error = math.inf if math.isnan(error) else error
+        findings.differing += ours.item() != theirs
         findings.see(Gap(kind, kind, step, error, ours.item(), theirs))
 
 

@@ -17,6 +17,9 @@ class VerifyConfig:
     """Ranks of a drawn layout at most."""
     steps: int = 3
     """Train steps that are compared."""
+    fixed_order: bool = False
+    """Make every float64 sum exact, so that no order of it matters: then not a single bit of a
+    layout's numbers may differ from one process, and rounding is told apart from mistakes."""
     json: PathText = ""
     """Write the table to this file as JSON, too."""
 

@@ -34,17 +34,34 @@ from megalite.train.covering import (
 )
 from megalite.train.own_files import check_own_code
 from megalite.train.ranks import Ranks
-from megalite.train.verify import TOL, Gap, gap_from, most_urgent
+from megalite.train.verify import CLOSE, NO_BIT, TOL, Gap, gap_from, most_urgent, other_rounding
 from megalite.train.verify_args import VerifyRun
 
 MOST_RANKS = 16
 """Of one layout that the flags give; more are a mistake on most machines."""
 ROW_SECONDS = 300.0
-COMPARE = "megalite.train.verify:compare"
+JOBS = "megalite.train.verify"
 ROUNDING = 10.0
 """Below fp64, how many times one process's own distance from fp64 a later step may show."""
 SMALL_HEAD, SMALL_VOCAB = 4, 61
 HEADER = "result  ranks     loss     grad  weights  seconds  worst at"
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """In what numbers ranks train, and how far they may be from one process."""
+
+    precision: str
+    job_suffix: str = ""
+    """Of the names of the functions in verify.py that the ranks run."""
+    bounds: dict[str, float] | None = None
+    """In place of those of the precision."""
+    note: str = ""
+    """Why these, where most layouts of the table are compared bit by bit."""
+
+
+PLAIN = Numbers("fp64")
+IN_BITS = Numbers("fp64", "_in_fixed_order", NO_BIT)
 
 
 @dataclass(frozen=True)
@@ -62,12 +79,15 @@ class Result:
     """What came of one layout."""
 
     row: Row
+    numbers: Numbers
     seconds: float
     worst: dict[str, Gap] = dataclasses.field(default_factory=dict)
     first: Gap | None = None
     """The first out of tolerance."""
     trouble: str = ""
     """Why there are no numbers, or that some were counted twice or never."""
+    differing: int = 0
+    """Numbers, over all ranks, whose bits are not those of one process."""
 
     @property
     def ok(self) -> bool:
@@ -78,6 +98,11 @@ def verify(run: VerifyRun) -> int:
     """Compare, print the table, and return the exit code: 0 if all are equal, else 1."""
     asked, config = run.verify, _without_verify(run)
     precision = _precision(config)
+    if asked.fixed_order and precision != "fp64":
+        raise UserError(
+            f"--fixed-order: makes sums of fp64 exact, not of --precision {precision} "
+            "(leave one of them out)"
+        )
     if asked.json and not Path(asked.json).absolute().parent.is_dir():
         raise UserError(f"--json {asked.json}: no such directory {Path(asked.json).parent}")
     check_own_code(config)  # its mistakes are told here, and not by each rank
@@ -89,22 +114,19 @@ def verify(run: VerifyRun) -> int:
         base = replace(config, optim=_optim(config))
         drawn, coverage = draw_rows(Space(base, asked.max_ranks), asked.random, config.train.seed)
         rows = [Row(d.name, d.config, d.world, d.row["lengths_vary"]) for d in drawn]
-    bounds = ", ".join(f"{kind} {bound:g}" for kind, bound in TOL[precision].items())
-    print(f"megalite verify: {precision} against one process in fp64, {asked.steps} steps, on CPU")
-    print(f"  error: largest difference over the tensor's largest value; allowed: {bounds}")
-    if precision != "fp64":
-        print(f"  after the first step {ROUNDING:g} times one process's own error is allowed, too")
+    print("\n".join(_head(precision, asked.steps, asked.fixed_order)))
     print(f"\n{HEADER}", flush=True)
     results = []
     with Ranks() as ranks, tempfile.TemporaryDirectory(prefix="megalite-verify-") as folder:
         for row in rows:
-            results.append(compare_row(row, ranks, Path(folder), precision, asked.steps))
-            print("\n".join(_shown(results[-1])), flush=True)
+            numbers = numbers_of(row, precision, asked.fixed_order)
+            results.append(compare_row(row, ranks, Path(folder), numbers, asked.steps))
+            print("\n".join(table_lines(results[-1])), flush=True)
     failed = sum(not result.ok for result in results)
     if coverage is not None:
         print("\n" + "\n".join(_coverage_lines(coverage, drawn)))
     if len(results) > 1:
-        print(f"\n{len(results)} layouts, {failed} differ from one process")
+        print(f"\n{len(results)} layouts, {failed} differ from one process{_in_bits(results)}")
     if asked.json:
         Path(asked.json).write_text(
             json.dumps(_tree(run, precision, results, coverage), indent=1) + "\n", encoding="utf-8"
@@ -190,8 +212,9 @@ def small_config(config: Config, world: int) -> Config:
 def small_model(config: Config) -> ModelConfig:
     """A model of the same form, as small as the layout allows.
 
-    Two heads a rank where there are so many, the same ratio of query to kv heads or 2, a layer a
-    stage (and one more where stages were uneven), and a sequence that tp cuts in quarters.
+    Two heads a rank where there are so many, the same ratio of query to kv heads or 2 (more where
+    cp cuts heads), a layer a stage (and one more where stages were uneven), and a sequence that tp
+    and cp cut in quarters.
     """
     model, lay = config.model, config.layout
     tp, kv = lay.tp, model.kv_heads
@@ -202,9 +225,11 @@ def small_model(config: Config) -> ModelConfig:
     else:
         small_kv, least = kv, tp // kv
         group = 2 * least if ratio % (2 * least) == 0 else least
+    if lay.cp_form == "ulysses" and small_kv * group // tp % lay.cp:
+        group *= lay.cp  # this form cuts the heads of a tp rank
     heads, stages = small_kv * group, lay.pp * lay.vpp
     layers = min(model.num_layers, max(2, stages) + (model.num_layers % stages > 0))
-    cut = 4 * tp if lay.sequence_parallel else 4
+    cut = (4 * tp if lay.sequence_parallel else 4) * (2 * lay.cp if lay.cp > 1 else 1)
     seq_len = min(model.seq_len, cut * math.ceil(8 / cut))
     return replace(
         model,
@@ -233,29 +258,39 @@ def _optim(config: Config) -> Any:
 # -- one row -----------------------------------------------------------------------------------
 
 
-def compare_row(row: Row, ranks: Ranks, folder: Path, precision: str, steps: int) -> Result:
+def numbers_of(row: Row, precision: str, fixed_order: bool) -> Numbers:
+    """How a layout is compared: bit by bit in fixed order, if what it rounds allows that."""
+    if not fixed_order:
+        return Numbers(precision)
+    other = other_rounding(row.config)
+    return Numbers(precision, bounds=CLOSE, note=other) if other else IN_BITS
+
+
+def compare_row(row: Row, ranks: Ranks, folder: Path, numbers: Numbers, steps: int) -> Result:
     """Train the layout on `ranks` and compare it; `folder` keeps the references of its like."""
     start = time.monotonic()
-    ref = str(reference_of(row, ranks, folder, steps))
-    common = {"precision": precision, "varying": row.lengths_vary, "steps": steps, "ref": ref}
+    ref = str(reference_of(row, ranks, folder, steps, numbers))
+    common = {"precision": numbers.precision, "varying": row.lengths_vary, "steps": steps}
 
     def run(config: Config, world: int, **later: Any) -> list[dict]:
-        asked = {**common, "config": config.to_dict(), **later}
-        return ranks.run(COMPARE, world, kwargs=asked, timeout=ROW_SECONDS).results
+        asked = {**common, "ref": ref, "bounds": numbers.bounds, "config": config.to_dict()}
+        job = f"{JOBS}:compare{numbers.job_suffix}"
+        return ranks.run(job, world, kwargs={**asked, **later}, timeout=ROW_SECONDS).results
 
     later = {}
     try:
-        if precision != "fp64":
+        if numbers.precision != "fp64":
             # How far rounding alone takes one process away from float64, step by step.
-            rounding = result_of(row, run(_one_process(row.config), 1), 0.0).worst
+            rounding = result_of(row, run(_one_process(row.config), 1), 0.0, numbers).worst
             later = {kind: ROUNDING * gap.error for kind, gap in rounding.items()}
         found = run(row.config, row.world, later=later)
     except RunError as error:
-        return Result(row, time.monotonic() - start, trouble=_last_words(str(error)))
-    return result_of(row, found, time.monotonic() - start)
+        spent = time.monotonic() - start
+        return Result(row, numbers, spent, trouble=_last_words(str(error)))
+    return result_of(row, found, time.monotonic() - start, numbers)
 
 
-def result_of(row: Row, found: list[dict], seconds: float) -> Result:
+def result_of(row: Row, found: list[dict], seconds: float, numbers: Numbers = PLAIN) -> Result:
     """The worst of what the ranks found."""
     worst: dict[str, Gap] = {}
     for gap in (gap_from(tree) for each in found for tree in each["worst"].values()):
@@ -266,10 +301,13 @@ def result_of(row: Row, found: list[dict], seconds: float) -> Result:
     trouble = ""
     if counted != size:
         trouble = f"the ranks count {counted} gradients of {size}: some twice, or never"
-    return Result(row, seconds, worst, most_urgent(firsts) if firsts else None, trouble)
+    first, differing = most_urgent(firsts) if firsts else None, sum(e["differing"] for e in found)
+    return Result(row, numbers, seconds, worst, first, trouble, differing)
 
 
-def reference_of(row: Row, ranks: Ranks, folder: Path, steps: int) -> Path:
+def reference_of(
+    row: Row, ranks: Ranks, folder: Path, steps: int, numbers: Numbers = PLAIN
+) -> Path:
     """The file of the one-process run of a row's model and batch; made once for all that share it.
 
     Raises RunError if one process cannot run it either.
@@ -279,15 +317,11 @@ def reference_of(row: Row, ranks: Ranks, folder: Path, steps: int) -> Path:
         "varying": row.lengths_vary,
         "steps": steps,
     }
-    path = folder / f"{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]}.npz"
+    job = f"{JOBS}:reference{numbers.job_suffix}"
+    path = folder / f"{hashlib.sha256(json.dumps([job, asked]).encode()).hexdigest()[:16]}.npz"
     if not path.exists():
         try:
-            ranks.run(
-                "megalite.train.verify:reference",
-                1,
-                kwargs={**asked, "out": str(path)},
-                timeout=ROW_SECONDS,
-            )
+            ranks.run(job, 1, kwargs={**asked, "out": str(path)}, timeout=ROW_SECONDS)
         except RunError as error:
             raise RunError(f"verify: one process cannot run: {_last_words(str(error))}") from None
     return path
@@ -310,7 +344,37 @@ def _last_words(text: str) -> str:
 # -- what is shown -----------------------------------------------------------------------------
 
 
-def _shown(result: Result) -> list[str]:
+def _head(precision: str, steps: int, fixed_order: bool) -> list[str]:
+    lines = [f"megalite verify: {precision} against one process in fp64, {steps} steps, on CPU"]
+    if fixed_order:
+        return [
+            *lines,
+            "  exact sums, in any order: not one bit of any number may differ from one process;",
+            f"  layouts that round other numbers are held to {CLOSE['grad']:g}, and say why",
+        ]
+    bounds = ", ".join(f"{kind} {bound:g}" for kind, bound in TOL[precision].items())
+    lines.append(f"  error: largest difference over the tensor's largest value; allowed: {bounds}")
+    if precision != "fp64":
+        lines.append(
+            f"  after the first step {ROUNDING:g} times one process's own error is allowed, too"
+        )
+    return lines
+
+
+def _in_bits(results: list[Result]) -> str:
+    """What to add to the last line of a table in fixed order."""
+    in_bits = [result for result in results if result.numbers is IN_BITS]
+    if not in_bits:
+        return ""
+    differing = sum(result.differing for result in in_bits)
+    text = f"; {len(in_bits)} compared bit by bit: {differing} numbers differ"
+    others = len(results) - len(in_bits)
+    return text + (f"; {others} within {CLOSE['grad']:g}" if others else "")
+
+
+def table_lines(result: Result) -> list[str]:
+    """A result as the lines of the table."""
+
     def number(kind: str) -> str:
         return f"{result.worst[kind].error:.1e}" if kind in result.worst else "-"
 
@@ -322,6 +386,8 @@ def _shown(result: Result) -> list[str]:
     ]
     if result.trouble:
         lines.append(f"        {result.trouble}")
+    if result.numbers.note:
+        lines.append(f"        within {CLOSE['grad']:g}: {result.numbers.note}")
     if gap := result.first:
         place = f" at {list(gap.index)}" if gap.index else ""
         lines.append(
@@ -329,6 +395,11 @@ def _shown(result: Result) -> list[str]:
             f"{gap.ours:.10g}, one process has {gap.reference:.10g} "
             f"(error {gap.error:.1e}, allowed {gap.allowed:.0e})"
         )
+        if result.numbers is IN_BITS:
+            lines.append(
+                f"        {gap.ours.hex()} and {gap.reference.hex()}; {result.differing} numbers "
+                "differ, on all ranks"
+            )
         if gap.shard:
             lines.append(f"        its Shard: {gap.shard}")
     return lines
@@ -372,6 +443,9 @@ def _tree(
             "seconds": round(result.seconds, 3),
             "worst": {kind: _finite(gap) for kind, gap in result.worst.items()},
             "first": _finite(result.first) if result.first else None,
+            "compared": "within" if result.numbers is not IN_BITS else "bits",
+            "why_within": result.numbers.note,
+            "differing": result.differing,
             "trouble": result.trouble,
             "lengths_vary": result.row.lengths_vary,
             "config": result.row.config.to_dict(),
@@ -382,6 +456,7 @@ def _tree(
         "precision": precision,
         "steps": run.verify.steps,
         "seed": run.train.seed,
+        "fixed_order": run.verify.fixed_order,
         "tolerance": TOL[precision],
         "rows": rows,
     }

@@ -16,7 +16,19 @@ from megalite.core.config import Config, DataConfig, LayoutConfig, ModelConfig, 
 from megalite.core.errors import UserError
 from megalite.train.covering import ALL_AXES, FACTORS, TRIPLES, Space, combos_of, draw_rows
 from megalite.train.verify import TOL
-from megalite.train.verify_command import Row, given_row, reference_of, result_of, small_model
+from megalite.train.verify_command import (
+    IN_BITS,
+    PLAIN,
+    Numbers,
+    Row,
+    compare_row,
+    given_row,
+    numbers_of,
+    reference_of,
+    result_of,
+    small_model,
+    table_lines,
+)
 
 JOBS = "tests.ranks.verify_jobs"
 DRAWN = 60
@@ -71,6 +83,8 @@ MISTAKES = [
     ("--dry-run", "--dry-run: verify is about numbers, so it must run (leave it out)"),
     ("--precision fp16", "--precision fp16: not on --device cpu (use bf16 or fp32)"),
     ("--precision fp8", "--precision fp8: expected one of auto, fp64, fp32, bf16, fp16"),
+    ("--fixed-order --precision bf16", "--fixed-order: makes sums of fp64 exact, not of "
+     "--precision bf16 (leave one of them out)"),
     ("--json absent/t.json", "--json absent/t.json: no such directory absent"),
     ("--tp 3", "--tp 3: --num-heads 4 is not divisible by 3 (allowed: 1, 2, 4)"),
     ("--vpp 2", "--vpp 2: needs --schedule interleaved or zb-v (got 1f1b)"),
@@ -153,16 +167,15 @@ def compared(ranks, tmp_path_factory):
     """The Result of a layout whose ranks run a job of ours in place of the library's."""
     folder = tmp_path_factory.mktemp("verify")
 
-    def result(job: str, layout: dict, documents: bool = False, **kwargs):
+    def result(job: str, layout: dict, documents: bool = False, numbers: Numbers = PLAIN, **kwargs):
         data = DataConfig(reset_attention_mask=documents)
         config = Config(model=MODEL, layout=LayoutConfig(**layout), data=data)
         row = given_row(config, most=16)
         asked = {"config": row.config.to_dict(), "precision": "fp64", "steps": 2, "varying": False}
-        ref = str(reference_of(row, ranks, folder, 2))
-        found = ranks.results(
-            f"{JOBS}:{job}", row.world, kwargs={**asked, "ref": ref, **kwargs}, timeout=60
-        )
-        return result_of(row, found, 0.0)
+        ref = str(reference_of(row, ranks, folder, 2, numbers))
+        asked |= {"ref": ref, "bounds": numbers.bounds}
+        found = ranks.results(f"{JOBS}:{job}", row.world, kwargs={**asked, **kwargs}, timeout=60)
+        return result_of(row, found, 0.0, numbers)
 
     return result
 
@@ -211,6 +224,61 @@ def test_sum_left_out_is_found_in_the_first_gradients(compared, job, layout):
     result = compared(job, layout)
     assert not result.ok and (result.first.kind, result.first.step) == ("grad", 0)
     assert result.first.error > 0.01
+
+
+# -- bit by bit --------------------------------------------------------------------------------
+
+IN_BITS_ROWS = {
+    "tp2 pp2 zb-h1": {"tp": 2, "pp": 2, "schedule": "zb-h1"},
+    "tp3 zero0": {"tp": 3, "zero": 0},
+    "dp2 zero2": {"dp": 2, "zero": 2},
+    "tp2 cp2 gather zero3": {"tp": 2, "cp": 2, "cp_form": "gather", "zero": 3},
+    "cp3 ulysses recompute": {"cp": 3, "cp_form": "ulysses", "recompute": "full", "zero": 1},
+}
+
+
+@pytest.mark.parametrize("name", IN_BITS_ROWS)
+def test_no_bit_differs_from_one_process(name, ranks, tmp_path):
+    model = ModelConfig(hidden_size=48, num_heads=12, seq_len=24, dropout=0.1)
+    row = given_row(Config(model=model, layout=LayoutConfig(**IN_BITS_ROWS[name])), most=4)
+    result = compare_row(row, ranks, tmp_path, numbers_of(row, "fp64", True), 2)
+    assert result.numbers is IN_BITS and result.trouble == ""
+    assert (result.differing, result.first) == (0, None)
+    assert {gap.error for gap in result.worst.values()} == {0.0}
+
+
+def test_plain_float64_differs_in_many_bits(ranks, tmp_path):
+    row = given_row(Config(layout=LayoutConfig(tp=2, dp=2)), most=4)
+    result = compare_row(row, ranks, tmp_path, PLAIN, 2)
+    assert result.ok and result.differing > 1000
+
+
+def test_gradient_that_is_nearly_right_is_caught_bit_by_bit_alone(compared):
+    for numbers in (PLAIN, IN_BITS):
+        in_bits = numbers is IN_BITS
+        result = compared("with_nearly_right_gradient", {"dp": 2}, numbers, in_bits=in_bits)
+        assert result.ok is not in_bits
+    gap = result.first
+    assert (gap.kind, gap.name, gap.step) == ("grad", "layers.1.mlp.up.weight", 0)
+    assert 0 < gap.error < 1e-12 and gap.ours != gap.reference
+    text = "\n".join(table_lines(result))
+    assert f"{gap.ours.hex()} and {gap.reference.hex()}; {result.differing} numbers" in text
+    assert "grad of layers.1.mlp.up.weight at [" in text and "its Shard: " in text
+
+
+@pytest.mark.parametrize(
+    "layout, kv, why",
+    [
+        ({"cp": 2}, None, "ring attention merges blocks by their log-sum-exp"),
+        ({"tp": 2}, 1, "tp ranks that share a kv head"),
+    ],
+)
+def test_layout_that_rounds_other_numbers_says_so(layout, kv, why, ranks, tmp_path):
+    config = Config(model=ModelConfig(num_kv_heads=kv), layout=LayoutConfig(**layout))
+    row = given_row(config, most=4)
+    result = compare_row(row, ranks, tmp_path, numbers_of(row, "fp64", True), 2)
+    assert result.ok and result.differing > 0
+    assert f"within 1e-13: {why}" in "\n".join(table_lines(result))
 
 
 # -- the draw ----------------------------------------------------------------------------------
@@ -277,6 +345,8 @@ def test_settings_that_are_given_stay():
         ({}, {}, (2, 2, 2, 8)),
         ({"num_heads": 32, "num_kv_heads": 8, "hidden_size": 256}, {"tp": 4}, (16, 8, 2, 16)),
         ({"num_heads": 32, "num_kv_heads": 2, "hidden_size": 256}, {"tp": 4}, (8, 2, 2, 16)),
+        ({}, {"tp": 2, "cp": 2}, (4, 4, 2, 32)),
+        ({"num_heads": 6, "hidden_size": 48}, {"cp": 3, "cp_form": "ulysses"}, (6, 2, 2, 24)),
         ({"num_layers": 32}, {"pp": 4}, (2, 2, 4, 8)),
         ({"num_layers": 30}, {"pp": 4}, (2, 2, 5, 8)),
         ({"num_layers": 12}, {"pp": 2, "pp_layers": (7, 5)}, (2, 2, 4, 8)),

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from megalite.core import comm
 from megalite.core.call import Call
 from megalite.core.mesh import Axis
-from megalite.core.params import give_traits, traits_of
+from megalite.core.params import give_traits, named_parameters, traits_of
 from megalite.core.shard import Block
 from megalite.layers.attention import Attention
 from megalite.parallel import zero
 from megalite.train import verify
+from megalite.train.build import Engine
+from megalite.train.loop import Reduced
 
 
 def with_blocks(param: nn.Parameter, *blocks: Block) -> None:
@@ -63,6 +65,23 @@ ATTENTIONS = {a.__name__: a for a in (Attention, *FAULTY)}
 def compare(rank: int, world: int, attention: str, **kwargs: Any) -> dict:
     """The library's comparison with one of these attentions."""
     return verify.compare(rank, world, attention=ATTENTIONS[attention], **kwargs)
+
+
+def with_nearly_right_gradient(rank: int, world: int, in_bits: bool, **kwargs: Any) -> dict:
+    """One gradient is too large by a part in 10^13, in the bucket of every rank."""
+    right = verify.forward_backward
+
+    def wrong(engine: Engine, calls: list[Call]) -> Reduced:
+        found = right(engine, calls)
+        for stage in engine.stages.values():
+            for name, param in named_parameters(stage):
+                if name == "layers.1.mlp.up.weight":
+                    param.grad.mul_(1 + 1e-13)
+        return found
+
+    verify.forward_backward = wrong
+    compare = verify.compare_in_fixed_order if in_bits else verify.compare
+    return compare(rank, world, **kwargs)
 
 
 def without_partial_sums(rank: int, world: int, **kwargs: Any) -> dict:
