@@ -23,10 +23,12 @@ from megalite.core.config import ModelConfig
 from megalite.core.mesh import Mesh
 from megalite.core.params import constant, gaussian, new_param
 from megalite.core.shard import Block, Shard
+from megalite.layers.context import gather_keys
 from megalite.layers.linear import ColumnLinear, RowLinear
 from megalite.ops.softmax import attention_mask
 
-# s sequence, b micro batch, h hidden, n heads on this rank, d head_dim
+# s rows of a sequence on this rank, t of all ranks, b micro batch, h hidden, n heads on this rank,
+# d head_dim
 
 
 class MyAttention(nn.Module):
@@ -58,11 +60,14 @@ class MyAttention(nn.Module):
     def forward(self, x: Tensor, call: Call) -> Tensor:
         """Plain PyTorch on local tensors between the two linears."""
         fused = self.qkv(x, call).unflatten(-1, (3, self.num_heads, self.head_dim))
-        q, k, v = fused.permute(2, 1, 3, 0, 4)  # [s, b, 3, n, d] -> 3 x [b, n, s, d]
-        scores = q @ k.transpose(-1, -2) / sqrt(self.head_dim)
-        distance = call.positions[:, None] - call.positions  # [s, s]
+        q, k, v = fused.unbind(2)  # [s, b, 3, n, d] -> 3 x [s, b, n, d]
+        # Sequences may be cut over cp: keys are those of all ranks, in the order of their ranks.
+        k, v, k_at = gather_keys(k, v, call)
+        scores = torch.einsum("sbnd,tbnd->bnst", q, k) / sqrt(self.head_dim)
+        distance = call.positions[:, None] - k_at  # [s, t]
         penalty = scores.new_tensor(self.slopes)[:, None, None] * distance
         scores = scores * self.temperature[:, None, None] - penalty
-        mask = attention_mask(call.positions, call.positions, None, call.starts)
+        mask = attention_mask(call.positions, k_at, None, call.starts)
         weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
-        return self.out((weights @ v).permute(2, 0, 1, 3).flatten(2), call)  # [s, b, n d]
+        y = torch.einsum("bnst,tbnd->sbnd", weights, v)
+        return self.out(y.flatten(2), call)  # [s, b, n d]

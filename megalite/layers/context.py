@@ -58,12 +58,22 @@ def _at_all(context: Context, length: int, like: Tensor) -> Tensor:
     return _at([span for idx in ranks for span in context.spans(length, idx)], like)
 
 
+def gather_keys(k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values of whole sequences [c s, b, m, d], of which mine are [s, b, m, d].
+
+    With them their positions [c s], rank by rank; a call without a context has them all already.
+    """
+    if call.context is None:
+        return k, v, call.positions
+    both = comm.gather(torch.cat((k, v), dim=2), call.context.axis)  # [c s, b, 2m, d]
+    k, v = both.chunk(2, dim=2)
+    return k, v, _at_all(call.context, call.whole_len, k)
+
+
 def _gather(
     core: CoreAttention, q: Tensor, k: Tensor, v: Tensor, call: Call, context: Context
 ) -> Tensor:
-    both = comm.gather(torch.cat((k, v), dim=2), context.axis)  # [s, b, 2m, d] -> [c s, b, 2m, d]
-    k, v = both.chunk(2, dim=2)
-    k_at = _at_all(context, call.whole_len, q)
+    k, v, k_at = gather_keys(k, v, call)
     return _whole(core, q, k, v, call.positions, k_at)
 
 
