@@ -143,14 +143,14 @@ class PlainAttention(Attention):
         self.out = PlainLinear(cfg.hidden_size, cfg.hidden_size, mesh, std)
 
 
-def check_plain_layer(rank: int, world: int, zero: int) -> None:
+def check_plain_layer(rank: int, world: int, zero: int, recompute: str) -> None:
     """Three steps of a fork with plain layers, dp and ZeRO, against ours in one process.
 
     At stage 3 freed parameters are overwritten with NaN first: who still reads them, shows it.
     """
     if zero == 3:
         gather.empty = _poison
-    config = config_of(microbatches=2 * world, dp=world, zero=zero)
+    config = config_of(microbatches=2 * world, dp=world, zero=zero, recompute=recompute)
     fork = engine_of(config, rank, world, "float64", attention=PlainAttention)
     ours = engine_of(config_of(microbatches=2 * world), 0, 1, "float64")
     assert isinstance(fork.stages[0].layers["0"].attention.qkv, PlainLinear)
