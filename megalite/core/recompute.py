@@ -21,11 +21,6 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-PARTS = ("core-attention", "norm", "activation")
-"""The parts our layers name: from the fused queries, keys and values to attention's output (the
-rotation, the normalisation of heads and all of context parallelism included), the norms in front of
-attention and MLP, and the MLP's nonlinearity."""
-
 
 class Run:
     """One run of a function, which can be repeated as long as someone holds this."""

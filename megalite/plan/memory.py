@@ -76,7 +76,7 @@ def stage_memory(config: Config, world_size: int, pp_idx: int, dtype: torch.dtyp
     states = STATES[config.optim.optimizer] + (dtype.itemsize != wide)
     activations, working = _moving(config, schedule, pp_idx, mine, dtype)
     if zero >= 1 and ways > 1 and _on_cpu(config, dtype):
-        layer = LayerBytes(config, dtype).kept(config.layout.recompute)
+        layer = LayerBytes(config, dtype, on_cpu=True).kept(config.layout.recompute)
         working = _with_copies([flat for flat, _ in buckets], zero, working, activations, layer)
     return StageMemory(
         pp=pp_idx,
@@ -124,7 +124,8 @@ def _moving(
     config: Config, schedule: Schedule, pp_idx: int, mine: dict[int, int], dtype: torch.dtype
 ) -> tuple[float, float]:
     """What the microbatches under way keep, and the most that is held beside it."""
-    layer, last = LayerBytes(config, dtype), schedule.num_stages - 1
+    layer = LayerBytes(config, dtype, on_cpu=_on_cpu(config, dtype))
+    last = schedule.num_stages - 1
     stages = [stage_activations(layer, layers=n, last=s == last) for s, n in mine.items()]
     live = peak_live(schedule)[pp_idx] / len(mine)
     kept = live * sum(kept for kept, _ in stages)

@@ -190,6 +190,16 @@ def output_bytes(rank: int, world: int, ends_in_tanh: bool) -> list[int]:
     return [y.untyped_storage().nbytes() for y in outputs]
 
 
+def output_bytes_of_layout(rank: int, world: int, **layout) -> list[int]:
+    """Storage of each output of this rank's stage after a step of a layout."""
+    engine = engine_of(config_of(pp=world, **layout), rank, world, "float64")
+    outputs: list[Tensor] = []
+    for stage in engine.stages.values():
+        stage.register_forward_hook(lambda module, args, y: outputs.append(y))
+    forward_backward(engine, calls_of(engine, 0, False))
+    return [y.untyped_storage().nbytes() for y in outputs]
+
+
 def _two_stages_in_turn(n: int) -> Schedule:
     order = ((Op.F, 0), (Op.F, 1), (Op.B, 1), (Op.B, 0))
     actions = [Action(op, stage, m) for m in range(n) for op, stage in order]
