@@ -29,7 +29,6 @@ from typing import (
 )
 
 from megalite.core.errors import DataError, UserError
-from megalite.core.recompute import PARTS
 from megalite.core.shard import CONTEXT_ORDER, sequence_multiple
 from megalite.schedule.check import check
 from megalite.schedule.custom import is_file, load_schedule
@@ -37,6 +36,11 @@ from megalite.schedule.generators import CHUNKED, SCHEDULES
 
 if TYPE_CHECKING:
     from megalite.core.config import Config, ModelConfig
+
+PARTS = ("core-attention", "norm", "activation")
+"""The parts of a layer that --recompute-modules may name: from the fused queries, keys and values
+to attention's output (the rotation, the normalisation of heads and all of context parallelism
+included), the norms in front of attention and MLP, and the MLP's nonlinearity."""
 
 LARGEST_INT = 2**31 - 1  # divisors() walks to the square root, and no count of ours comes near it
 LARGEST_SEED = 2**63 - 1

@@ -122,6 +122,11 @@ def all_gather(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
     return moved.movedim(0, dim)
 
 
+def needs_scratch(axis: Axis) -> bool:
+    """Whether a reduce-scatter over the axis holds a second tensor as large until it ends."""
+    return axis.size > 1 and _is_gloo(axis)
+
+
 def reduce_scatter_start(x: Tensor, axis: Axis, *, out: Tensor | None = None) -> Pending:
     """Begin to sum `x` over the axis and keep my part along dim 0: [n m, ...] -> [m, ...].
 

@@ -18,13 +18,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
-
-PARTS = ("core-attention", "norm", "activation")
-"""The parts our layers name: from the fused queries, keys and values to attention's output (the
-rotation, the normalisation of heads and all of context parallelism included), the norms in front of
-attention and MLP, and the MLP's nonlinearity."""
 
 
 class Run:
@@ -83,9 +78,11 @@ class _Again(torch.autograd.Function):
         run, ctx.run = ctx.run, None
         y, inputs = run.second()
         run.forget()
+        edge = get_gradient_edge(y)
+        del y  # the second run's own backward does not need its output to be there
         # Into the inputs made for it, and into parameters, whose hooks see it: this is the only
         # backward that reaches them.
-        torch.autograd.backward(y, grad)
+        torch.autograd.backward(edge, grad)
         return None, *(x.grad for x in inputs)
 
 

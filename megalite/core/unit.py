@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from megalite.core.call import Call
-from megalite.core.recompute import PARTS, Parts, again
+from megalite.core.check import PARTS
+from megalite.core.recompute import Parts, again
 
 
 @dataclass(frozen=True, eq=False)

@@ -127,7 +127,7 @@ class CoreAttention:
         hashed = rng.rows(
             self.key, self.samples[:, None, None, None], heads[:, None, None], q_at[:, None]
         )  # [b, n, q, 1]
-        return weights * keep_mask(hashed, k_at, self.p).to(weights.dtype) / (1 - self.p)
+        return weights.masked_fill(~keep_mask(hashed, k_at, self.p), 0.0) / (1 - self.p)
 
 
 def finite(lse: Tensor) -> Tensor:

@@ -28,7 +28,8 @@ STEP = -1
 """The group of contributions that are reduced once a step; others are numbers of microbatches."""
 
 LANES = 2
-"""Whole gradients of one size that stage 2 holds: one is being made while one is reduced."""
+"""Whole gradients of one size that stage 2 holds: one is being made while one is reduced. On gloo
+also how many reductions are under way at once."""
 
 Part = tuple[int, int]
 """A bucket's number and a group: what one reduction reduces."""
@@ -191,6 +192,9 @@ class Zero:
             self._start(part)
 
     def _start(self, part: Part) -> None:
+        # Else all that are under way would hold their whole gradient a second time.
+        while self.stage > 0 and comm.needs_scratch(self.axis) and len(self._pending) >= LANES:
+            self._collect(next(iter(self._pending)))
         number, _ = part
         whole = self._open[part]
         for name, (lo, hi) in self._partials[number]:

@@ -42,9 +42,9 @@ def dry_run(config: Config, world_size: int) -> None:
     )
     print(f"  order  {schedule.name}, bubble {share:.1f}% by simulation; ZeRO-{layout.zero}")
     stages = [stage_memory(config, world_size, pp, dtype) for pp in range(layout.pp)]
-    print("  memory of a rank, MB (activations are an estimate; the allocator adds its own)")
+    print("  memory of a rank, MB of tensors; the allocator adds its own")
     print(
-        "    stage  layers  parameters  weights    grads  optimizer  activations  logits    total"
+        "    stage  layers  parameters  weights    grads  optimizer  activations  working    total"
     )
     for stage in _shown(stages):
         print(_row(stage) if stage is not None else "      ..")
@@ -71,10 +71,10 @@ def _row(stage: StageMemory) -> str:
         stage.grads,
         stage.optimizer,
         stage.activations,
-        stage.logits,
+        stage.working,
         stage.total,
     )
     numbers = [f"{part / 2**20:,.1f}" for part in parts]
-    widths = (9, 9, 11, 13, 8, 9)
+    widths = (9, 9, 11, 13, 9, 9)
     cells = "".join(f"{n:>{w}}" for n, w in zip(numbers, widths, strict=True))
     return f"    {f'pp{stage.pp}':<5}{stage.layers:>8}{count(stage.parameters):>12}{cells}"

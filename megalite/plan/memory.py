@@ -2,7 +2,8 @@
 
 Nothing is allocated: each stage of the real model is built on torch's meta device and laid out in
 its real buckets, so weights, gradients and optimizer state are exact. Activations are counted from
-what one layer's backward keeps, times the microbatches the schedule holds at its fullest.
+what one layer's backward keeps (activations.py), times the microbatches the schedule holds at its
+fullest. The peak is that of counted tensors: an allocator, its caches and libraries add their own.
 """
 
 from __future__ import annotations
@@ -12,14 +13,18 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
+from torch import nn
 
-from megalite.core.config import Config, ModelConfig
+from megalite.core.config import Config
 from megalite.core.mesh import Mesh
 from megalite.core.params import acc_dtype
 from megalite.models.build import build_stages, split_layers
 from megalite.optim.rules import Rules
-from megalite.parallel.buckets import plan
+from megalite.parallel.buckets import FlatLayout, plan
+from megalite.parallel.p2p import AHEAD
 from megalite.parallel.zero import LANES, units_of
+from megalite.plan.activations import LOOKUP_BYTES, TOKEN_BYTES, LayerBytes, stage_activations
+from megalite.schedule.action import Schedule, edge_order
 from megalite.schedule.simulate import peak_live
 from megalite.train.build import BUCKET_MB, mesh_factors, mesh_sizes, schedule_maker
 from megalite.train.own_files import attention_of
@@ -37,26 +42,67 @@ class StageMemory:
     grads: int
     optimizer: int
     activations: int
-    logits: int
+    """What the microbatches under way keep for their backward."""
+    working: int
+    """The most that is held beside it: the head with its logits or a layer's backward, and what
+    comes from other stages; or, if that is more, a reduction's second copy."""
 
     @property
     def total(self) -> int:
-        return self.weights + self.grads + self.optimizer + self.activations + self.logits
+        return self.weights + self.grads + self.optimizer + self.activations + self.working
 
 
 def stage_memory(config: Config, world_size: int, pp_idx: int, dtype: torch.dtype) -> StageMemory:
     """What the ranks of pipeline place `pp_idx` hold; a config that `check` accepted for that
     world.
     """
-    sizes = mesh_sizes(config, world_size)
+    schedule = schedule_maker(config)(config.num_microbatches(world_size))
+    counts = config.layout.pp_layers or split_layers(config.model, schedule.num_stages)
+    mine = {s: counts[s] for s, place in enumerate(schedule.placement) if place == pp_idx}
+    buckets, ways = _buckets(config, world_size, schedule, pp_idx, dtype)
+    sizes = Counter(flat.size for flat, _ in buckets)
+    zero, wide = config.layout.zero, acc_dtype(dtype).itemsize
+    # Whole for a while: of each size two gradients, if so many are ever made; the unit that runs
+    # and the next.
+    n = schedule.num_microbatches
+    lanes = sum(size * min(LANES, count * n) for size, count in sizes.items()) if zero >= 2 else 0
+    units: Counter[str] = Counter()
+    for flat, _ in buckets:
+        units[flat.key.unit] += flat.size
+    running = sum(sorted(units.values())[-2:]) if zero >= 3 else 0
+    size = sum(units.values())
+    cut = {stage: ways if zero >= stage else 1 for stage in (1, 2, 3)}
+    rules, masters = Rules(config.optim).named, dtype.itemsize != wide
+    states = sum(
+        flat.size * (len(rules[flat.key.optimizer].state_names) + masters) for flat, _ in buckets
+    )
+    activations, working = _moving(config, schedule, pp_idx, mine, dtype)
+    if zero >= 1 and ways > 1 and _on_cpu(config, dtype):
+        layer = LayerBytes(config, dtype, on_cpu=True).kept(config.layout.recompute)
+        working = _with_copies([flat for flat, _ in buckets], zero, working, activations, layer)
+    return StageMemory(
+        pp=pp_idx,
+        layers=sum(mine.values()),
+        parameters=sum(p.numel() for _, params in buckets for p in params),
+        weights=(size // cut[3] + running) * dtype.itemsize,
+        grads=(size // cut[2] + lanes) * wide,
+        optimizer=states // cut[1] * wide,
+        activations=int(activations),
+        working=int(working),
+    )
+
+
+def _buckets(
+    config: Config, world_size: int, schedule: Schedule, pp_idx: int, dtype: torch.dtype
+) -> tuple[list[tuple[FlatLayout, list[nn.Parameter]]], int]:
+    """The rank's real buckets, without memory, and over how many ranks they are cut."""
+    sizes, layout = mesh_sizes(config, world_size), config.layout
     rank = pp_idx * prod(n for name, n in sizes.items() if name != "pp")
     kind = "fake" if world_size > 1 else "single"
     mesh = Mesh(sizes, rank=rank, kind=kind, factors=mesh_factors(config))
-    schedule = schedule_maker(config)(config.num_microbatches(world_size))
-    layout, model = config.layout, config.model
     with torch.device("meta"):
         stages = build_stages(
-            model,
+            config.model,
             mesh,
             placement=schedule.placement,
             layers=layout.pp_layers,
@@ -66,67 +112,55 @@ def stage_memory(config: Config, world_size: int, pp_idx: int, dtype: torch.dtyp
         )
         for stage in stages.values():
             stage.to(dtype)
-    megabytes = layout.bucket_mb or BUCKET_MB["cuda" if dtype != torch.float32 else "cpu"]
-    rules = Rules(config.optim)
+    megabytes = layout.bucket_mb or BUCKET_MB["cpu" if _on_cpu(config, dtype) else "cuda"]
+    ways = mesh.axis("dp", "cp").size
     planned = plan(
         stages,
-        ways=mesh.axis("dp", "cp").size,
+        ways=ways,
         bucket_bytes=megabytes * 2**20,
         unit_of=units_of(stages) if layout.zero >= 3 else lambda param: "",
-        rule_of=rules.of,
+        rule_of=Rules(config.optim).of,
     )
-    size = sum(flat.size for flat, _ in planned)
-    # What is whole for a while: two gradients of each bucket size; the unit that runs and the next.
-    lanes = LANES * sum({flat.size for flat, _ in planned}) if layout.zero >= 2 else 0
-    units: Counter[str] = Counter()
-    for flat, _ in planned:
-        units[flat.key.unit] += flat.size
-    running = sum(sorted(units.values())[-2:]) if layout.zero >= 3 else 0
-    wide = acc_dtype(dtype).itemsize
-    masters = dtype.itemsize != wide
-    states = sum(
-        flat.size * (len(rules.named[flat.key.optimizer].state_names) + masters)
-        for flat, _ in planned
-    )
-    ways = mesh.axis("dp", "cp").size
-    cut = {stage: ways if layout.zero >= stage else 1 for stage in (1, 2, 3)}
-    counts = layout.pp_layers or split_layers(model, schedule.num_stages)
-    held = sum(counts[stage] for stage in stages)
-    live = peak_live(schedule)[pp_idx] / len(stages)
-    per_layer = layer_activations(model, config, dtype.itemsize)
-    return StageMemory(
-        pp=pp_idx,
-        layers=held,
-        parameters=sum(p.numel() for flat, params in planned for p in params),
-        weights=(size // cut[3] + running) * dtype.itemsize,
-        grads=(size // cut[2] + lanes) * wide,
-        optimizer=states // cut[1] * wide,
-        activations=int(live * held * per_layer),
-        logits=_logits(model, config, dtype.itemsize) if schedule.num_stages - 1 in stages else 0,
-    )
+    return planned, ways
 
 
-def layer_activations(model: ModelConfig, config: Config, itemsize: int) -> int:
-    """Bytes that one layer keeps for the backward of one microbatch.
+def _on_cpu(config: Config, dtype: torch.dtype) -> bool:
+    asked = config.train.device
+    return asked == "cpu" or (asked == "auto" and dtype in (torch.float32, torch.float64))
 
-    Cut over tp: queries, keys, values, attention's output, and the MLP's inner rows before and
-    after its nonlinearity. Of the residual's width, cut over tp only with sequence parallelism: the
-    inputs and outputs of both norms. Keys and values are those of all context ranks where they are
-    gathered.
+
+def _moving(
+    config: Config, schedule: Schedule, pp_idx: int, mine: dict[int, int], dtype: torch.dtype
+) -> tuple[float, float]:
+    """What the microbatches under way keep, and the most that is held beside it."""
+    layer = LayerBytes(config, dtype, on_cpu=_on_cpu(config, dtype))
+    last = schedule.num_stages - 1
+    stages = [stage_activations(layer, layers=n, last=s == last) for s, n in mine.items()]
+    live = peak_live(schedule)[pp_idx] / len(mine)
+    kept = live * sum(kept for kept, _ in stages)
+    kept += layer.rows * TOKEN_BYTES * schedule.num_microbatches
+    kept += layer.rows * LOOKUP_BYTES * live if 0 in mine else 0
+    working = max(working for _, working in stages)
+    # Received ahead of the one that is used, on each edge that ends here.
+    edges = edge_order(schedule).items()
+    coming = [len(messages) for (_, to), messages in edges if to == pp_idx]
+    return kept, working + layer.stream * sum(min(AHEAD + 1, n - 1) for n in coming)
+
+
+def _with_copies(
+    buckets: list[FlatLayout], zero: int, working: float, kept: float, layer: float
+) -> float:
+    """`working` with the second copies that reduce-scatters over gloo hold, LANES of them at most.
+
+    From stage 2 on they are there while the next microbatch begins. Before, in the last one's
+    backward alone: of a layer's gradients when that layer is gone, of the table's when all are.
     """
-    layout = config.layout
-    if layout.recompute == "full":
-        rows = model.seq_len // layout.cp * config.train.micro_batch_size
-        return rows * model.hidden_size * itemsize // (layout.tp if layout.sequence_parallel else 1)
-    rows = model.seq_len // layout.cp * config.train.micro_batch_size
-    q, kv = model.num_heads * model.head_dim, max(model.kv_heads, layout.tp) * model.head_dim
-    inner = model.ffn * (4 if model.activation == "swiglu" else 2)
-    key_ranks = layout.cp if layout.cp_form == "gather" else 1
-    cut = (2 * q + 2 * kv * key_ranks + inner) / layout.tp
-    residual = 4 * model.hidden_size / (layout.tp if layout.sequence_parallel else 1)
-    return int(rows * itemsize * (cut + residual))
-
-
-def _logits(model: ModelConfig, config: Config, itemsize: int) -> int:
-    rows = model.seq_len // config.layout.cp * config.train.micro_batch_size
-    return rows * -(-model.vocab_size // config.layout.tp) * itemsize
+    flats = sorted(
+        (b.size * acc_dtype(b.key.dtype).itemsize, any("embedding" in s.name for s in b.slots))
+        for b in buckets
+    )
+    every = sum(nbytes for nbytes, _ in flats[-LANES:])
+    if zero >= 2:
+        return working + every
+    inner = sum([nbytes for nbytes, table in flats if not table][-LANES:])
+    return max(working + max(0.0, inner - LANES * layer), every - kept)

@@ -144,14 +144,14 @@ class PlainAttention(Attention):
         self.out = PlainLinear(cfg.hidden_size, cfg.hidden_size, mesh, std)
 
 
-def check_plain_layer(rank: int, world: int, zero: int) -> None:
+def check_plain_layer(rank: int, world: int, zero: int, recompute: str) -> None:
     """Three steps of a fork with plain layers, dp and ZeRO, against ours in one process.
 
     At stage 3 freed parameters are overwritten with NaN first: who still reads them, shows it.
     """
     if zero == 3:
         gather.empty = _poison
-    config = config_of(microbatches=2 * world, dp=world, zero=zero)
+    config = config_of(microbatches=2 * world, dp=world, zero=zero, recompute=recompute)
     fork = engine_of(config, rank, world, "float64", attention=PlainAttention)
     ours = engine_of(config_of(microbatches=2 * world), 0, 1, "float64")
     assert isinstance(fork.stages[0].layers["0"].attention.qkv, PlainLinear)
@@ -188,6 +188,16 @@ def output_bytes(rank: int, world: int, ends_in_tanh: bool) -> list[int]:
     for stage in engine.stages.values():
         stage.register_forward_hook(lambda module, args, y: outputs.append(y))
     assert_equal(gradients(engine), gradients(alone))
+    return [y.untyped_storage().nbytes() for y in outputs]
+
+
+def output_bytes_of_layout(rank: int, world: int, **layout) -> list[int]:
+    """Storage of each output of this rank's stage after a step of a layout."""
+    engine = engine_of(config_of(pp=world, **layout), rank, world, "float64")
+    outputs: list[Tensor] = []
+    for stage in engine.stages.values():
+        stage.register_forward_hook(lambda module, args, y: outputs.append(y))
+    forward_backward(engine, calls_of(engine, 0, False))
     return [y.untyped_storage().nbytes() for y in outputs]
 
 

@@ -12,13 +12,22 @@ def test_backward_split_into_i_and_w_gives_the_gradients_of_1f1b(world, run_rank
     run_ranks(JOBS + "check_split_backward", world)
 
 
-@pytest.mark.parametrize("zero", [1, 2, 3])
-def test_fork_with_plain_linears_trains_to_the_same_numbers(zero, run_ranks):
-    run_ranks(JOBS + "check_plain_layer", 2, zero=zero)
+PLAIN = [(1, "none"), (2, "selective"), (3, "none"), (3, "selective"), (3, "full")]
+
+
+@pytest.mark.parametrize("zero, recompute", PLAIN)
+def test_fork_with_plain_linears_trains_to_the_same_numbers(zero, recompute, run_ranks):
+    run_ranks(JOBS + "check_plain_layer", 2, zero=zero, recompute=recompute)
 
 
 def test_storage_of_a_sent_output_is_freed(run_ranks):
     first, _ = run_ranks(JOBS + "output_bytes", 2, ends_in_tanh=False)
+    assert first == [0, 0, 0]
+
+
+def test_storage_of_an_output_behind_a_gate_is_freed(run_ranks):
+    gated = {"zero": 3, "recompute": "full"}
+    first, _ = run_ranks(JOBS + "output_bytes_of_layout", 2, **gated)
     assert first == [0, 0, 0]
 
 

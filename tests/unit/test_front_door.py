@@ -72,6 +72,15 @@ LAYOUT = [
      "* dp 2 = 8 (nearest: 24, 32)"),
     ("--global-batch-size 4", 2, "--global-batch-size 4: not a multiple of --micro-batch-size 4 "
      "* dp 2 = 8 (nearest: 8)"),
+    ("--recompute-modules norm", 1,
+     "--recompute-modules norm: needs --recompute selective (got none)"),
+    ("--recompute full --recompute-modules norm,activation", 1,
+     "--recompute-modules norm,activation: needs --recompute selective (got full)"),
+    ("--recompute selective --recompute-modules norms", 1,
+     "unknown --recompute-modules 'norms' (did you mean norm? known: core-attention, norm, "
+     "activation)"),
+    ("--recompute-layers 2", 1,
+     "--recompute-layers 2: needs --recompute selective or full (got none)"),
     ("--num-layers 12 --pp 4 --pp-layers 3,3,2,2", 4,
      "--pp-layers 3,3,2,2: sums to 10, the model has 12 layers"),
     ("--num-layers 12 --pp 4 --pp-layers 6,3,3", 4,
