@@ -43,7 +43,7 @@ from megalite.train.ranks import Ranks
 from megalite.train.verify import calls_of, engine_of
 
 MODEL = ModelConfig(num_layers=4, hidden_size=48, num_heads=4, seq_len=16, vocab_size=96)
-STEP_SECONDS = 1.5
+STEP_SECONDS = 3.0
 """What a rank's matmuls sleep in a step."""
 RUNS = ("undelayed", "overlapped", "at once")
 MATMULS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_, torch.ops.aten.bmm)
@@ -185,7 +185,7 @@ def run(ranks: Ranks, number: int, rounds: int) -> dict[str, Any]:
         "grows_by_without_overlap": at_once,
         "bound": case.bound if math.isfinite(case.bound) else None,
         "same_losses": same,
-        "within": overlapped <= case.bound and at_once >= 0.9 and same,
+        "within": same and (math.isinf(case.bound) or overlapped <= case.bound and at_once >= 0.9),
     }
 
 
