@@ -13,7 +13,9 @@ differs is no rounding.
   contiguous and in whole vectors, as torch's vector code and its scalar code for odd ends differ in
   the last bit;
 - one that only moves or picks numbers: a view, MOVES, or an op without floating-point input;
-- or else it is taken apart into such ops, if torch knows how. One that is none of these is refused.
+- or else it is made of such ops, in COMPOSED or by torch itself. One that is none of these is
+  refused.
+A sum that the mode leaves inexact shows as bits that differ; it cannot hide any.
 
 Where the library itself rounds something else than one process does, bits differ rightly: verify.py
 says where. Demmel and Nguyen 2013 (Fast Reproducible Floating-Point Summation) round to a grid too.
@@ -29,7 +31,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalite.core.errors import RunError
@@ -54,8 +55,7 @@ def exact_sums() -> Iterator[None]:
 
     Raises RunError at an op that is not known, and at a sum too large to be exact.
     """
-    # The form of attention that is made of matmuls and a softmax.
-    with sdpa_kernel(SDPBackend.MATH), _ExactSums():
+    with _ExactSums():
         yield
 
 
@@ -257,6 +257,65 @@ def _softmax_backward(dy: Tensor, y: Tensor, dim: int, input_dtype: torch.dtype)
     return y * (dy - (y * dy).sum(dim, True))
 
 
+def _attention_weights(
+    q: Tensor, k: Tensor, p: float, is_causal: bool, mask: Tensor | None
+) -> Tensor:
+    if p:
+        raise RunError("--fixed-order knows attention of torch without dropout only")
+    scores = q @ k.transpose(-1, -2)
+    if is_causal:
+        ahead = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(ahead, -torch.inf)
+    return torch._safe_softmax(scores if mask is None else scores + mask, -1)
+
+
+def _per_query_head(x: Tensor, q: Tensor) -> Tensor:
+    return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
+    weights = _attention_weights(q, _per_query_head(k, q), p, is_causal, attn_mask)
+    return weights @ _per_query_head(v, q), q.new_zeros(q.shape[:-1])
+
+
+def _attention_backward(
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    lse: Tensor,
+    p: float,
+    is_causal: bool,
+    *,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The weights are computed again; `lse` is not looked at.
+
+    The queries carry the scale: the gradient of a key may be a sum over ranks, which multiplied in
+    parts would round otherwise than multiplied whole.
+    """
+    heads, scale = k.shape[1], q.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v = q * scale, _per_query_head(k, q), _per_query_head(v, q)
+    weights = _attention_weights(q, k, p, is_causal, attn_mask)
+    dweights = dy @ v.transpose(-1, -2)
+    dscores = weights * (dweights - (weights * dweights).sum(-1, True))
+    dk, dv = dscores.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ dy
+    dk, dv = (x.unflatten(1, (heads, -1)).sum(2) for x in (dk, dv))
+    return (dscores @ k) * scale, dk, dv
+
+
 def _layer_norm(
     x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -303,6 +362,8 @@ COMPOSED: dict[Any, Callable[..., Any]] = {
     aten._softmax.default: _softmax,
     aten._safe_softmax.default: _safe_softmax,
     aten._softmax_backward_data.default: _softmax_backward,
+    aten._scaled_dot_product_flash_attention_for_cpu.default: _attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _attention_backward,
     aten.native_layer_norm.default: _layer_norm,
     aten.native_layer_norm_backward.default: _layer_norm_backward,
     aten.embedding_dense_backward.default: _embedding_backward,

@@ -102,6 +102,26 @@ def test_op_has_torch_s_numbers_and_the_same_bits_in_any_order(name):
     assert all(torch.equal(a, b) for a, b in zip(grads, other_grads, strict=True))
 
 
+def test_key_gradients_add_up_over_queries_of_several_ranks():
+    # Grouped: keys [1, 2, 50, 4] of queries [1, 6, 50, 4].
+    q, dy = draw(1, 6, 50, 4), draw(1, 6, 50, 4, seed=1)
+    k, v = draw(1, 2, 50, 4, seed=2), draw(1, 2, 50, 4, seed=3)
+    mask = torch.ones(50, 50).tril().bool()
+
+    def grads(rows: torch.Tensor | slice, **which: object) -> tuple[torch.Tensor, ...]:
+        leaves = [k.clone().requires_grad_(), v.clone().requires_grad_()]
+        y = F.scaled_dot_product_attention(q[:, :, rows], *leaves, enable_gqa=True, **which)
+        return torch.autograd.grad(y, leaves, dy[:, :, rows])
+
+    plain = grads(slice(None), is_causal=True)
+    with exact_sums():
+        whole = grads(slice(None), is_causal=True)
+        parts = [grads(rows, attn_mask=mask[rows]) for rows in shuffled(50).split((9, 23, 18))]
+    for i in range(2):
+        assert torch.equal(whole[i], parts[2][i] + parts[0][i] + parts[1][i])
+        torch.testing.assert_close(whole[i], plain[i], rtol=0, atol=TOL)
+
+
 def test_sum_that_could_round_is_refused():
     with exact_sums():
         assert draw(3).mul(0).add(170).sum(0) == 510
