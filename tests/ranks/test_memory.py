@@ -26,15 +26,13 @@ CASES = [
     ("full, 2 layers", DEEP, {"recompute": "full", "recompute_layers": 2}),
     ("llama keeps all", replace(DEEP, **LLAMA), {}),
     ("llama selective", replace(DEEP, **LLAMA), {"recompute": "selective"}),
-    ("llama full", replace(DEEP, **LLAMA), {"recompute": "full"}),
     ("dropout selective", replace(DEEP, dropout=0.1), {"recompute": "selective"}),
     ("cp2", DEEP, {"cp": 2}),
-    ("cp2 selective", DEEP, {"cp": 2, "recompute": "selective"}),
     ("cp2 gather", DEEP, {"cp": 2, "cp_form": "gather"}),
     ("cp2 ulysses", DEEP, {"cp": 2, "cp_form": "ulysses"}),
     ("tp2 selective", DEEP, {"tp": 2, "recompute": "selective"}),
     ("pp2", DEEP, {"pp": 2}),
-    ("pp2 full zero3 dp2", DEEP, {"pp": 2, "dp": 2, "zero": 3, "recompute": "full"}),
+    ("pp2 full", DEEP, {"pp": 2, "recompute": "full"}),
     *((f"dp2 zero{zero} {name}", model, {"dp": 2, "zero": zero})
       for zero in range(4) for name, model in (("activations", DEEP), ("parameters", HEAVY))),
 ]  # fmt: skip

@@ -368,6 +368,8 @@ EXTRA = {
     "dp3 zero2 small buckets", "pp2 dp2 zero2", "zero2 pp2 dp2 interleaved",
     "zero2 llama kv1 tp2 dp2", "dp3 zero3", "pp2 dp2 zero3", "zero3 tp2 dp2 no-sp",
     "zero3 pp2 dp2 interleaved", "zero3 everything kv2 tp4 dp2", "zero3 dropout pp2 dp2",
+    "selective cp2 ulysses qk-norm", "selective norm tp2 cp2 gather",
+    "selective dropout tp2 no-sp zero2 dp2", "recompute 1 layer a stage pp2 zero3 dp2",
     "recompute tp2 no-sp", "recompute zb-h1 pp2 dp2 zero3", "dp2 zero1 one microbatch",
     "tp2 dp2 zero1 no-sp", "pp2 dp2 zero0 interleaved", "untied tp2 pp2 zero0",
     "lengths vary tp3 pp2", "llama kv4 tied tp2 pp2", "llama tp4 kv2 no-sp dp2",
