@@ -15,10 +15,13 @@ differs is no rounding.
 - one that only moves or picks numbers: a view, MOVES, or an op without floating-point input;
 - or else it is made of such ops, in COMPOSED or by torch itself. One that is none of these is
   refused.
-A sum that the mode leaves inexact shows as bits that differ; it cannot hide any.
+A sum left inexact would show as bits that differ. What cannot show is a term that is
+wrong by less than the grid.
 
-Where the library itself rounds something else than one process does, bits differ rightly: verify.py
-says where. Demmel and Nguyen 2013 (Fast Reproducible Floating-Point Summation) round to a grid too.
+Bits differ rightly where a layout rounds other numbers than one process does: parts of a sum that
+are each multiplied before they are added, or a merge that is no sum. verify.py says where.
+
+Demmel and Nguyen 2013 (Fast Reproducible Floating-Point Summation) round to a grid too.
 """
 
 from __future__ import annotations
