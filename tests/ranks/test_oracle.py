@@ -364,7 +364,7 @@ def references(run_ranks, tmp_path_factory):
 
 
 EXTRA = {
-    "tp4 no-sp", "tp6", "pp2 interleaved uneven", "pp4 gpipe fewer microbatches",
+    "tp6", "pp2 interleaved uneven", "pp4 gpipe fewer microbatches",
     "dp3 zero2 small buckets", "pp2 dp2 zero2", "zero2 pp2 dp2 interleaved",
     "zero2 llama kv1 tp2 dp2", "dp3 zero3", "pp2 dp2 zero3", "zero3 tp2 dp2 no-sp",
     "zero3 pp2 dp2 interleaved", "zero3 everything kv2 tp4 dp2", "zero3 dropout pp2 dp2",
@@ -386,6 +386,14 @@ EXTRA = {
     "muon tp2 dp2 zero0", "muon tp2 dp2 zero2", "muon tp2 dp2 zero3 no-sp", "muon tp3",
     "muon dp3 small buckets", "float32 muon tp2", "muP untied tp2 cp2 dp2 zero3",
     "ramp dp2 zero3 lengths vary",
+    "zero2 tp2 pp2 dp2 zb-v", "zero2 pp2 dp2 zb-h2", "zero3 pp2 dp2 zb-h2",
+    "recompute dropout tp2 pp2 dp2 zero3", "tp2 pp2 dp2 zero0 gpipe",
+    "tp2 pp2 dp2 untied interleaved", "llama tp4 kv1", "lengths vary pp2 dp2 interleaved",
+    "everything tp2 no-sp", "float32 llama tp4 kv2", "lengths vary tp2 cp2 pp2 gather",
+    "cp2 pp2 zb-h1 gather", "muon dp8, more ranks than matrices", "zb-v tp2 pp2 dp2 untied",
+    "zero2 cp2 pp2 dp2 zb-h1", "dp4 zero1 small buckets", "tp2 pp2 interleaved", "tp4 no-sp",
+    "pp2 interleaved odd microbatches", "zero3 recompute tp2 cp2 dp2", "muP tp2 pp2",
+    "llama tp2 pp2 dp2 kv1", "everything tp2 cp2 pp2 ulysses", "window cp2 ring",
 }  # fmt: skip
 """Rows whose features other rows have, in other company: run with --every-row."""
 
