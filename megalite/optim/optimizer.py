@@ -16,6 +16,9 @@ from megalite.optim.rules import Rules
 from megalite.parallel.buckets import Bucket
 from megalite.parallel.zero import Zero
 
+AT_ONCE = 1 << 20
+"""Squares that are summed in the gradients' own dtype: of 30 times as many float32 loses 1e-3."""
+
 
 class Optimizer:
     """State of the ranges this rank updates; `step_count` and the state tensors are all to save.
@@ -71,8 +74,8 @@ class Optimizer:
         for bucket, spans in zip(self.zero.buckets, self._owned, strict=True):
             base = bucket.updated[0]
             for lo, hi in spans:
-                grads = bucket.grads[lo - base : hi - base]
-                total += torch.dot(grads, grads).to(torch.float64)
+                for part in bucket.grads[lo - base : hi - base].split(AT_ONCE):
+                    total += torch.dot(part, part).to(torch.float64)
         return total
 
     def step(self, *, lr: float, scale: Tensor) -> None:
