@@ -59,6 +59,8 @@ LAYOUTS: dict[str, tuple[ModelConfig, dict]] = {
 
 EQUIVALENT = {
     ("all_reduce max", "double"): "the largest of numbers that are all the largest is the same",
+    ("all_reduce max", "stale"): "what is taken off all logits of a token, alike on all ranks, "
+    "leaves its loss the same: the peak only keeps the exponentials small",
     ("all_gather", "double"): "a second gather brings the same parts to the same places",
     ("broadcast", "double"): "a second broadcast brings the same numbers",
 }
