@@ -321,6 +321,8 @@ def config_of(row: Row, base: Config) -> Config:
         init_std=0.1,
     )
     layout: LayoutConfig = replace(base.layout, **_fields_in(row, base.layout))
+    if layout.recompute == "none":
+        layout = replace(layout, recompute_layers=None)  # says nothing there, as cp_form at cp 1
     if row["uneven"]:
         layout = replace(layout, pp_layers=layers)
     unit = row["micro_batch_size"] * row["dp"]
