@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megalite.core.config import Config, ModelConfig
+from megalite.core.config import Config
 from megalite.core.mesh import Mesh
 from megalite.core.params import named_parameters
 from megalite.data.loader import Synthetic
@@ -62,9 +62,11 @@ DDP = Rival("torch-ddp", "run_torch.py", "ddp", 1.08)
 OSS = Rival("fairscale", "run_fairscale.py", "oss", 1.08, needs="interpreter")
 TENSOR = (
     Rival("torch-dtensor", "run_torch.py", "dtensor-tp", 1.5),
+    Rival("torch-dtensor-fused", "run_torch.py", "dtensor-tp-fused", 1.5),
     Rival("picotron", "run_picotron.py", "tp", 1.5, needs="checkout", llama=True),
     Rival("megatron-core", "run_megatron_core.py", "tp", 1.2, needs="interpreter"),
 )
+PIPELINE = (Rival("torch-pipelining", "run_torch.py", "pipelining", 1.2),)
 RIVALS = {
     "one": (
         Rival("torch", "run_torch.py", "one", 1.0),
@@ -78,7 +80,8 @@ RIVALS = {
     ),
     "tp2": TENSOR,
     "tp2-nosp": TENSOR,
-    "pp2": (Rival("torch-pipelining", "run_torch.py", "pipelining", 1.2),),
+    "pp2": PIPELINE,
+    "pp2-zb-h2": PIPELINE,
 }
 
 
@@ -102,7 +105,7 @@ class Team:
                 "WORLD_SIZE": str(world),
                 "LOCAL_WORLD_SIZE": str(world),
             }
-            log = tempfile.TemporaryFile("w+")
+            log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (open as long as the rank runs)
             command = [python, str(HERE / script), *options, "--threads", str(threads)]
             self.ranks.append(
                 subprocess.Popen(
@@ -277,7 +280,7 @@ def report(found: dict) -> None:
     """Print both rows and the verdict."""
     for each in found["rows"]:
         print(
-            f"{each['system']:<17}{each['layout']:<11}{each['workload']:<9}{each['world']:>5}"
+            f"{each['system']:<20}{each['layout']:<11}{each['workload']:<9}{each['world']:>5}"
             f"{each['cpu_s_per_step']:>12.3f}{each['step_ms']:>9.0f}{each['tokens_per_s']:>8.0f}"
             f"{each['peak_rss_mb']:>8.0f}{each['loss_first']:>9.4f}{each['loss_last']:>9.4f}"
         )
@@ -326,7 +329,7 @@ def main() -> None:
     if not rivals:
         sys.exit(f"bench_peers: --only {args.only}: not a peer of {args.layout}")
     print(
-        f"{'system':<17}{'layout':<11}{'workload':<9}{'world':>5}{'cpu s/step':>12}{'step ms':>9}"
+        f"{'system':<20}{'layout':<11}{'workload':<9}{'world':>5}{'cpu s/step':>12}{'step ms':>9}"
         f"{'tok/s':>8}{'rss MB':>8}{'loss 1':>9}{'loss n':>9}"
     )
     results = []
@@ -334,7 +337,7 @@ def main() -> None:
         start = {"system": rival.name, "layout": args.layout, "workload": args.workload}
         if rival.needs and rival.name not in args.given:
             reason = f"give its {rival.needs}: --peer {rival.name}=PATH"
-            print(f"{rival.name:<17}{args.layout:<11}{args.workload:<9}  not run ({reason})")
+            print(f"{rival.name:<20}{args.layout:<11}{args.workload:<9}  not run ({reason})")
             missing = start | {"world": world_of(args.layout), "not_run": reason}
             results.append({"rows": [missing], "peer": rival.name})
             continue

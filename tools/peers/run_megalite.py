@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ LAYOUTS: dict[str, dict[str, object]] = {
     "tp2": {"tp": 2},
     "tp2-nosp": {"tp": 2, "sequence_parallel": False},
     "pp2": {"pp": 2},
+    "pp2-zb-h2": {"pp": 2, "schedule": "zb-h2"},
 }
 CPU = torch.device("cpu")
 
@@ -43,30 +45,26 @@ class Rows:
 def model_config(workload: Workload, *, llama: bool) -> ModelConfig:
     """GPT-2's form with a tied head, or LLaMA's as picotron has it."""
     w = workload
-    shape = ModelConfig(
+    gpt = ModelConfig(
         num_layers=w.num_layers,
         hidden_size=w.hidden_size,
         num_heads=w.num_heads,
         seq_len=w.seq_len,
         vocab_size=w.vocab_size,
-        **(LLAMA | {"ffn_hidden_size": llama_ffn(w)} if llama else {}),
     )
-    return shape
-
-
-LLAMA: dict = {
-    "norm": "rmsnorm",
-    "activation": "swiglu",
-    "position": "rope",
-    "rope_theta": 10000.0,
-    "bias": False,
-    "tie_embeddings": False,
-}
-
-
-def llama_ffn(workload: Workload) -> int:
-    """A gated MLP of GPT-2's number of multiplications: 8/3 of the hidden size, even."""
-    return 2 * round(workload.hidden_size * 4 / 3)
+    if not llama:
+        return gpt
+    return replace(
+        gpt,
+        norm="rmsnorm",
+        activation="swiglu",
+        # A gated MLP of GPT-2's number of multiplications: 8/3 of the hidden size, even.
+        ffn_hidden_size=2 * round(w.hidden_size * 4 / 3),
+        position="rope",
+        rope_theta=10000.0,
+        bias=False,
+        tie_embeddings=False,
+    )
 
 
 def build(case: Case) -> None:

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
-from gpt import cross_entropy, stage_gpt, whole_gpt
+from gpt import SeparateAttention, cross_entropy, stage_gpt, whole_gpt
 from harness import Case, adamw, microbatches, open_case, serve
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -16,6 +16,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
+    ParallelStyle,
     RowwiseParallel,
     loss_parallel,
     parallelize_module,
@@ -83,16 +84,19 @@ def fsdp2(case: Case) -> Step:
 
 
 def dtensor_tp(case: Case) -> Step:
+    """As torch's tutorial has it, or with one projection for q, k and v."""
     mesh = init_device_mesh("cpu", (case.world,), mesh_dim_names=("tp",))
-    model = whole_gpt(case)
-    plan = {
+    fused = case.layout.endswith("-fused")
+    model = whole_gpt(case) if fused else whole_gpt(case, SeparateAttention)
+    plan: dict[str, ParallelStyle] = {
         "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate()),
-        "layers.*.attention.qkv": ColwiseParallel(),
         "layers.*.attention.out": RowwiseParallel(),
         "layers.*.up": ColwiseParallel(),
         "layers.*.down": RowwiseParallel(),
         "head": ColwiseParallel(output_layouts=Shard(-1), use_local_output=False),
     }
+    for name in ("qkv",) if fused else ("q", "k", "v"):
+        plan[f"layers.*.attention.{name}"] = ColwiseParallel()
     parallelize_module(model, mesh, plan)
     model.head.weight = model.embedding.weight  # parallelize_module has untied them
     optimizer = adamw(model.parameters(), case)
@@ -147,6 +151,7 @@ LAYOUTS: dict[str, Callable[[Case], Step]] = {
     "ddp": ddp,
     "fsdp2": fsdp2,
     "dtensor-tp": dtensor_tp,
+    "dtensor-tp-fused": dtensor_tp,
     "pipelining": pipelining,
 }
 
