@@ -125,6 +125,8 @@ def build(case: Case) -> None:
         clip_grad=0.0,
     )
     optimizer = get_megatron_optimizer(settings, [model])
+    for group in optimizer.param_groups:  # as its scheduler would: norms and biases do not decay
+        group["weight_decay"] = WEIGHT_DECAY * group["wd_mult"]
     positions = torch.arange(w.seq_len).expand(w.micro_batch_size, -1)
     mask = torch.triu(torch.ones(1, 1, w.seq_len, w.seq_len, dtype=torch.bool), 1)
     run = get_forward_backward_func()
