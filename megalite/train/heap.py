@@ -1,8 +1,9 @@
 """Memory that a step frees is kept by the process for the next step, instead of going back.
 
 A step on CPU frees and asks for the same hundreds of megabytes again and again. glibc by itself
-gives large blocks back to the kernel at once, and the kernel clears each page of them anew: about four
-percent of the CPU seconds of one process's step at gpt-10m (docs/peers.md). Not here: CUDA, where torch's own allocator keeps its memory.
+gives large blocks back to the kernel at once, and the kernel clears each page of them anew: about
+four percent of the CPU seconds of one process's step at gpt-10m (docs/peers.md). Not here: CUDA,
+where torch's own allocator keeps its memory.
 """
 
 from __future__ import annotations
