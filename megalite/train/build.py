@@ -34,6 +34,7 @@ from megalite.schedule.action import Schedule
 from megalite.schedule.check import check
 from megalite.schedule.custom import load_schedule
 from megalite.train.agree import check_agreement
+from megalite.train.heap import keep_freed_memory
 from megalite.train.own_files import attention_of
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -150,6 +151,8 @@ def build_engine(
 ) -> Engine:
     """This rank's stages with initial weights, and what trains them. All ranks call it together."""
     check_backend(config.train.ops_backend)
+    if device.type == "cpu":
+        keep_freed_memory()
     make = schedule_maker(config)
     layout = config.layout
     with _default_dtype(dtype):
