@@ -2,14 +2,15 @@
 
 A receiver knows the whole schedule, so it posts its receives in the sender's order and hands them
 out by message; there are no tags to match, on gloo or NCCL. Shapes are never sent: both sides know
-the microbatch. This is the only file beside core/ that talks to torch.distributed. Next:
-pipeline.py, which uses it.
+the microbatch. It knows as well what the sender had taken by then, and so which of its own messages
+have arrived: gloo says of no send that it has ended before somebody waits for it. This is the only
+file beside core/ that talks to torch.distributed. Next: pipeline.py, which uses it.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from functools import partial
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from megalite.core.comm import Work, wait_for
 from megalite.core.log import Collective, sleep_until
 from megalite.core.mesh import Mesh
-from megalite.schedule.action import Message, Schedule, edge_order
+from megalite.schedule.action import Message, Schedule, edge_order, there_by_then
 
 AHEAD = 2
 """Receives posted beyond the one that is waited for, so that data lands while a stage computes."""
@@ -71,7 +72,10 @@ class Pipes:
     def begin(self, schedule: Schedule, empty: Callable[[Message], Tensor]) -> None:
         """Start a step: `empty` makes the buffer that a message is received into."""
         self._empty = empty
-        self._sending: list[_Sending] = []
+        self._sending: defaultdict[int, deque[_Sending]] = defaultdict(deque)
+        self._gone: Counter[int] = Counter()
+        """Of the messages to each rank, how many have left for good."""
+        self._there = there_by_then(schedule, self.me)
         self._late: dict[int, Late] = {}
         incoming = {e: m for e, m in edge_order(schedule).items() if e[1] == self.me}
         self._coming = {src: deque(messages) for (src, _), messages in incoming.items()}
@@ -88,6 +92,7 @@ class Pipes:
                 wait_for(work)
             entry.end()
             self._landed[arrived] = buffer
+            self._let_go(src, self._there[arrived])
             self._post(src)
         return self._landed.pop(message)
 
@@ -98,8 +103,8 @@ class Pipes:
         work: Work | None = None
         if self.mesh.kind == "real":
             work = self._start(dst, tensor, entry)
-        self._sending.append((work, sent, entry))
-        self._reap()
+        self._sending[dst].append((work, sent, entry))
+        self._let_go(dst)
 
     def _start(self, dst: int, tensor: Tensor, entry: Collective) -> Work | None:
         to, group = self.mesh.pipeline_rank(dst), self._groups[self.me, dst]
@@ -113,7 +118,8 @@ class Pipes:
 
     def end(self) -> None:
         """Wait until everything that was sent has left."""
-        self._reap(wait=True)
+        for dst, sending in self._sending.items():
+            self._let_go(dst, self._gone[dst] + len(sending))
         assert not any((*self._coming.values(), *self._posted.values())) and not self._landed
 
     def _post(self, src: int) -> None:
@@ -127,17 +133,21 @@ class Pipes:
                 work = dist.irecv(buffer, whence, group=self._groups[src, self.me])
             self._posted[src].append((message, buffer, work, entry))
 
-    def _reap(self, wait: bool = False) -> None:
-        waiting: list[_Sending] = []
-        for work, sent, entry in self._sending:
-            if work is not None and wait:
+    def _let_go(self, dst: int, there: int = 0) -> None:
+        """Forget what has been sent: the first `there` messages, which no wait is long for, and
+        others that say themselves that they have ended.
+        """
+        sending = self._sending[dst]
+        while sending:
+            work, sent, entry = sending[0]
+            if work is not None and self._gone[dst] < there:
                 wait_for(work)
-            if work is None or wait or work.is_completed():
-                entry.end()
-                sent()
-            else:
-                waiting.append((work, sent, entry))
-        self._sending = waiting
+            elif work is not None and not work.is_completed():
+                return
+            entry.end()
+            sent()
+            sending.popleft()
+            self._gone[dst] += 1
 
     def _log(self, op: str, other: int, tensor: Tensor) -> Collective:
         nbytes = tensor.numel() * tensor.element_size()

@@ -169,6 +169,25 @@ def edge_order(schedule: Schedule) -> dict[Edge, tuple[Message, ...]]:
     return {edge: tuple(messages) for edge, messages in sorted(order.items())}
 
 
+def there_by_then(schedule: Schedule, rank: int) -> dict[Message, int]:
+    """For each message to `rank`: how many of its own to that sender are there when it is sent.
+
+    What a rank takes is there, with all that went before it on that edge.
+    """
+    there: dict[Message, int] = {}
+    edges = edge_order(schedule)
+    for other in (src for src, dst in edges if dst == rank):
+        place = {message: k for k, message in enumerate(edges.get((rank, other), ()), start=1)}
+        count = 0
+        for action in schedule.actions[other]:
+            taken, going = received(action, schedule), sent(action, schedule)
+            if taken is not None and taken[0] == rank:
+                count = max(count, place[taken[1]])
+            if going is not None and going[0] == rank:
+                there[going[1]] = count
+    return there
+
+
 def forward_only(schedule: Schedule) -> Schedule:
     """The same schedule without its backward, for evaluation.
 

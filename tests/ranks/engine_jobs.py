@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ from tests.ranks.jobs import CPU, calls_of, engine_of
 MODEL = ModelConfig(
     num_layers=2, hidden_size=12, num_heads=3, vocab_size=17, seq_len=6, init_std=0.2
 )
+MODEL_OF_4 = replace(MODEL, num_layers=4)
 TOL = 1e-12
 
 ScheduleFor = Callable[[int], Schedule]
@@ -199,6 +201,24 @@ def output_bytes_of_layout(rank: int, world: int, **layout) -> list[int]:
         stage.register_forward_hook(lambda module, args, y: outputs.append(y))
     forward_backward(engine, calls_of(engine, 0, False))
     return [y.untyped_storage().nbytes() for y in outputs]
+
+
+def most_under_way(rank: int, world: int, microbatches: int, **layout) -> int:
+    """The most messages of this rank to another one that a step had not let go of at a time."""
+    config = config_of(MODEL_OF_4, microbatches, pp=world, **layout)
+    engine = engine_of(config, rank, world, "float64")
+    pipes, most = engine.pipeline.pipes, 0
+    send = pipes.send
+
+    def counted(dst: int, *message) -> None:
+        nonlocal most
+        send(dst, *message)
+        most = max(most, len(pipes._sending[dst]))
+
+    pipes.send = counted
+    forward_backward(engine, calls_of(engine, 0, False))
+    assert not any(pipes._sending.values())
+    return most
 
 
 def _two_stages_in_turn(n: int) -> Schedule:

@@ -36,6 +36,12 @@ def test_stage_that_ends_in_tanh_keeps_its_output_and_its_gradients(run_ranks):
     assert first == [OUTPUT_BYTES] * 3
 
 
+@pytest.mark.parametrize("layout", [{}, {"schedule": "zb-h1"}])
+def test_sent_messages_are_let_go_while_the_step_runs(layout, run_ranks):
+    few, many = (run_ranks(JOBS + "most_under_way", 2, microbatches=n, **layout) for n in (4, 12))
+    assert few == many and max(many) <= 3
+
+
 @pytest.mark.parametrize("overlap", [True, False])
 def test_held_transfer_arrives_late_and_changes_no_number(overlap, run_ranks):
     seconds = 0.02
