@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import TextIO
 
 HERE = Path(__file__).resolve().parent
 
@@ -51,14 +52,13 @@ class Team:
 
     def _answers(self) -> list[dict]:
         answers = []
-        for process, log in zip(self.ranks, self.logs, strict=True):
+        for process in self.ranks:
             line = process.stdout.readline()
             while line and not line.startswith("{"):  # what a library printed at its start
                 line = process.stdout.readline()
             if not line:
                 self.stop()
-                log.seek(0)
-                sys.exit(f"bench_peers: {self.name} failed:\n{log.read()[-3000:]}")
+                sys.exit(f"bench_peers: {self.name} failed:\n" + "".join(map(_tail, self.logs)))
             answers.append(json.loads(line))
         return answers
 
@@ -81,6 +81,11 @@ class Team:
         for process in self.ranks:
             process.kill()
             process.wait()
+
+
+def _tail(log: TextIO) -> str:
+    log.seek(0)
+    return log.read()[-2000:]
 
 
 def free_port() -> int:
