@@ -378,6 +378,11 @@ def check_train(config: Config) -> None:
         raise UserError(
             f"--warmup-steps {optim.warmup_steps}: more than --train-steps {train.train_steps}"
         )
+    if config.data.valid_data == "synthetic":
+        raise UserError(
+            "--valid-data synthetic: has no end, and is what --data synthetic trains on (use a "
+            "prefix of megalite preprocess)"
+        )
     _check_ramp(config)
     if config.model.mup_base_width is not None and optim.optimizer in ("sgd", "muon"):
         raise UserError(
