@@ -17,18 +17,14 @@ from megalite.core.errors import UserError
 from megalite.train.covering import ALL_AXES, FACTORS, TRIPLES, Space, combos_of, draw_rows
 from megalite.train.verify import TOL
 from megalite.train.verify_command import (
-    IN_BITS,
-    PLAIN,
-    Numbers,
-    Row,
     compare_row,
     given_row,
     numbers_of,
     reference_of,
     result_of,
     small_model,
-    table_lines,
 )
+from megalite.train.verify_table import IN_BITS, PLAIN, Numbers, Row, table_lines
 
 JOBS = "tests.ranks.verify_jobs"
 DRAWN = 60
