@@ -33,7 +33,8 @@ from megalite.schedule.action import Action, Schedule, needs
 from megalite.schedule.check import check
 from megalite.schedule.generators import SCHEDULES
 from megalite.train.ranks import Ranks
-from megalite.train.verify_command import Row, reference_of, result_of
+from megalite.train.verify_command import reference_of, result_of
+from megalite.train.verify_table import Row
 from tools.mutants import CHANGES, SHARD_CHANGES
 
 STEPS = 2

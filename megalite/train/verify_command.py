@@ -1,7 +1,8 @@
 """`megalite verify`: layouts against one process, as a table; exit code 1 if any differs.
 
 It makes a small model of the given form, starts its own ranks, and shows for each layout the worst
-errors and where they are. What the ranks do: verify.py. What --random draws: covering.py.
+errors and where they are. What the ranks do: verify.py. What --random draws: covering.py. How it is
+shown: verify_table.py.
 """
 
 from __future__ import annotations
@@ -13,85 +14,39 @@ import math
 import re
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megalite.core.check import check_precision
 from megalite.core.config import Config, LayoutConfig, ModelConfig
 from megalite.core.errors import RunError, UserError
-from megalite.train.covering import (
-    TRIPLES,
-    Combo,
-    Coverage,
-    Drawn,
-    Space,
-    draw_rows,
-    name_of,
-    small_ramp,
-)
+from megalite.train.covering import Coverage, Drawn, Space, draw_rows, name_of, small_ramp
 from megalite.train.own_files import check_own_code
 from megalite.train.ranks import Ranks
-from megalite.train.verify import CLOSE, NO_BIT, TOL, Gap, gap_from, most_urgent, other_rounding
+from megalite.train.verify import CLOSE, Gap, gap_from, most_urgent, other_rounding
 from megalite.train.verify_args import VerifyRun
+from megalite.train.verify_table import (
+    HEADER,
+    IN_BITS,
+    PLAIN,
+    ROUNDING,
+    Numbers,
+    Result,
+    Row,
+    coverage_lines,
+    head,
+    in_bits,
+    table_lines,
+    tree_of,
+)
 
 MOST_RANKS = 16
 """Of one layout that the flags give; more are a mistake on most machines."""
 ROW_SECONDS = 300.0
 JOBS = "megalite.train.verify"
-ROUNDING = 10.0
-"""Below fp64, how many times one process's own distance from fp64 a later step may show."""
 SMALL_HEAD, SMALL_VOCAB = 4, 61
-HEADER = "result  ranks     loss     grad  weights  seconds  worst at"
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """In what numbers ranks train, and how far they may be from one process."""
-
-    precision: str
-    job_suffix: str = ""
-    """Of the names of the functions in verify.py that the ranks run."""
-    bounds: dict[str, float] | None = None
-    """In place of those of the precision."""
-    note: str = ""
-    """Why these, where most layouts of the table are compared bit by bit."""
-
-
-PLAIN = Numbers("fp64")
-IN_BITS = Numbers("fp64", "_in_fixed_order", NO_BIT)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One layout to compare; the model and the batch are its own."""
-
-    name: str
-    config: Config
-    world: int
-    lengths_vary: bool = False
-
-
-@dataclass(frozen=True)
-class Result:
-    """What came of one layout."""
-
-    row: Row
-    numbers: Numbers
-    seconds: float
-    worst: dict[str, Gap] = dataclasses.field(default_factory=dict)
-    first: Gap | None = None
-    """The first out of tolerance."""
-    trouble: str = ""
-    """Why there are no numbers, or that some were counted twice or never."""
-    differing: int = 0
-    """Numbers, over all ranks, whose bits are not those of one process."""
-
-    @property
-    def ok(self) -> bool:
-        return self.first is None and not self.trouble
 
 
 def verify(run: VerifyRun) -> int:
@@ -114,7 +69,7 @@ def verify(run: VerifyRun) -> int:
         base = replace(config, optim=_optim(config))
         drawn, coverage = draw_rows(Space(base, asked.max_ranks), asked.random, config.train.seed)
         rows = [Row(d.name, d.config, d.world, d.row["lengths_vary"]) for d in drawn]
-    print("\n".join(_head(precision, asked.steps, asked.fixed_order)))
+    print("\n".join(head(precision, asked.steps, asked.fixed_order)))
     print(f"\n{HEADER}", flush=True)
     results = []
     with Ranks() as ranks, tempfile.TemporaryDirectory(prefix="megalite-verify-") as folder:
@@ -124,12 +79,13 @@ def verify(run: VerifyRun) -> int:
             print("\n".join(table_lines(results[-1])), flush=True)
     failed = sum(not result.ok for result in results)
     if coverage is not None:
-        print("\n" + "\n".join(_coverage_lines(coverage, drawn)))
+        print("\n" + "\n".join(coverage_lines(coverage, drawn)))
     if len(results) > 1:
-        print(f"\n{len(results)} layouts, {failed} differ from one process{_in_bits(results)}")
+        print(f"\n{len(results)} layouts, {failed} differ from one process{in_bits(results)}")
     if asked.json:
         Path(asked.json).write_text(
-            json.dumps(_tree(run, precision, results, coverage), indent=1) + "\n", encoding="utf-8"
+            json.dumps(tree_of(run, precision, results, coverage), indent=1) + "\n",
+            encoding="utf-8",
         )
     return 1 if failed else 0
 
@@ -339,139 +295,3 @@ def _last_words(text: str) -> str:
         r"^(rank \d+) raised\nTraceback.*?^([A-Za-z_][\w.]*(?::.*)?)$", text, re.S | re.M
     )
     return f"{said[1]}: {said[2]}" if said else "; ".join(text.splitlines()[:2])
-
-
-# -- what is shown -----------------------------------------------------------------------------
-
-
-def _head(precision: str, steps: int, fixed_order: bool) -> list[str]:
-    lines = [f"megalite verify: {precision} against one process in fp64, {steps} steps, on CPU"]
-    if fixed_order:
-        return [
-            *lines,
-            "  exact sums, in any order: not one bit of any number may differ from one process;",
-            f"  layouts that round other numbers are held to {CLOSE['grad']:g}, and say why",
-        ]
-    bounds = ", ".join(f"{kind} {bound:g}" for kind, bound in TOL[precision].items())
-    lines.append(f"  error: largest difference over the tensor's largest value; allowed: {bounds}")
-    if precision != "fp64":
-        lines.append(
-            f"  after the first step {ROUNDING:g} times one process's own error is allowed, too"
-        )
-    return lines
-
-
-def _in_bits(results: list[Result]) -> str:
-    """What to add to the last line of a table in fixed order."""
-    in_bits = [result for result in results if result.numbers is IN_BITS]
-    if not in_bits:
-        return ""
-    differing = sum(result.differing for result in in_bits)
-    text = f"; {len(in_bits)} compared bit by bit: {differing} numbers differ"
-    others = len(results) - len(in_bits)
-    return text + (f"; {others} within {CLOSE['grad']:g}" if others else "")
-
-
-def table_lines(result: Result) -> list[str]:
-    """A result as the lines of the table."""
-
-    def number(kind: str) -> str:
-        return f"{result.worst[kind].error:.1e}" if kind in result.worst else "-"
-
-    grad = result.worst.get("grad")
-    lines = [
-        f"{'ok' if result.ok else 'FAIL':<6}  {result.row.world:>5}  {number('loss'):>7}  "
-        f"{number('grad'):>7}  {number('weights'):>7}  {result.seconds:>7.1f}  "
-        f"{grad.where if grad else '-':<36}  {result.row.name}"
-    ]
-    if result.trouble:
-        lines.append(f"        {result.trouble}")
-    if result.numbers.note:
-        lines.append(f"        within {CLOSE['grad']:g}: {result.numbers.note}")
-    if gap := result.first:
-        place = f" at {list(gap.index)}" if gap.index else ""
-        lines.append(
-            f"        first out of tolerance, step {gap.step}: {gap.kind} of {gap.name}{place}: "
-            f"{gap.ours:.10g}, one process has {gap.reference:.10g} "
-            f"(error {gap.error:.1e}, allowed {gap.allowed:.0e})"
-        )
-        if result.numbers is IN_BITS:
-            lines.append(
-                f"        {gap.ours.hex()} and {gap.reference.hex()}; {result.differing} numbers "
-                "differ, on all ranks"
-            )
-        if gap.shard:
-            lines.append(f"        its Shard: {gap.shard}")
-    return lines
-
-
-def _coverage_lines(coverage: Coverage, drawn: list[Drawn]) -> list[str]:
-    """How often each value was drawn, the combinations covered, and why others cannot be."""
-    lines = ["rows that have each value, and legal combinations with it that rows cover:"]
-    for name in drawn[0].row:
-        counts = Counter(each.row[name] for each in drawn)
-        values = list(dict.fromkeys(v for c in coverage.legal for n, v in c if n == name))
-        shown = "  ".join(f"{value}: {counts[value]}" for value in values)
-        legal = [combo for combo in coverage.legal if name in dict(combo)]
-        covered = sum(combo in coverage.covered for combo in legal)
-        lines.append(f"  {name:<18} {covered:>4} of {len(legal):<4}  {shown}")
-    for size, what in ((2, "pairs"), (3, f"triples of {', '.join(TRIPLES[0])}")):
-        legal = [combo for combo in coverage.legal if len(combo) == size]
-        covered = sum(combo in coverage.covered for combo in legal)
-        lines.append(f"{what}: {covered} of {len(legal)} legal ones covered")
-    axes = Counter(tuple(each.row[axis] for axis in ("tp", "cp", "pp", "dp")) for each in drawn)
-    lines.append(f"rows of tp2 cp2 pp2 dp2: {axes[2, 2, 2, 2]}")
-    lines.append(f"combinations that no layout may have: {len(coverage.refused)}, by rule:")
-    for rule, combos in coverage.refused_by_rule().items():
-        some = "; ".join(_in_words(c) for c in combos[:4]) + ("; ..." if len(combos) > 4 else "")
-        lines.append(f"  {len(combos):>4}  {rule}   ({some})")
-    return lines
-
-
-def _in_words(combo: Combo) -> str:
-    return " ".join(f"{name}={value}" for name, value in combo)
-
-
-def _tree(
-    run: VerifyRun, precision: str, results: list[Result], coverage: Coverage | None
-) -> dict[str, Any]:
-    rows = [
-        {
-            "layout": result.row.name,
-            "ranks": result.row.world,
-            "ok": result.ok,
-            "seconds": round(result.seconds, 3),
-            "worst": {kind: _finite(gap) for kind, gap in result.worst.items()},
-            "first": _finite(result.first) if result.first else None,
-            "compared": "within" if result.numbers is not IN_BITS else "bits",
-            "why_within": result.numbers.note,
-            "differing": result.differing,
-            "trouble": result.trouble,
-            "lengths_vary": result.row.lengths_vary,
-            "config": result.row.config.to_dict(),
-        }
-        for result in results
-    ]
-    tree = {
-        "precision": precision,
-        "steps": run.verify.steps,
-        "seed": run.train.seed,
-        "fixed_order": run.verify.fixed_order,
-        "tolerance": TOL[precision],
-        "rows": rows,
-    }
-    if coverage is not None:
-        tree["combinations"] = {
-            "legal": len(coverage.legal),
-            "covered": len(coverage.covered),
-            "refused": [[_in_words(combo), rule] for combo, rule in coverage.refused.items()],
-        }
-    return tree
-
-
-def _finite(gap: Gap) -> dict[str, Any]:
-    """A Gap as JSON, which has no infinity: None."""
-    tree = asdict(gap)
-    return {
-        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in tree.items()
-    }

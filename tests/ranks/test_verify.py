@@ -17,18 +17,14 @@ from megalite.core.errors import UserError
 from megalite.train.covering import ALL_AXES, FACTORS, TRIPLES, Space, combos_of, draw_rows
 from megalite.train.verify import TOL
 from megalite.train.verify_command import (
-    IN_BITS,
-    PLAIN,
-    Numbers,
-    Row,
     compare_row,
     given_row,
     numbers_of,
     reference_of,
     result_of,
     small_model,
-    table_lines,
 )
+from megalite.train.verify_table import IN_BITS, PLAIN, Numbers, Row, table_lines
 
 JOBS = "tests.ranks.verify_jobs"
 DRAWN = 60
@@ -312,8 +308,10 @@ def test_enough_rows_cover_every_legal_pair():
     assert len(coverage.legal) + len(coverage.refused) == pairs + triples
 
 
-def test_rows_with_all_axes_are_drawn():
-    rows, _ = draw_rows(Space(Config(), max_ranks=16), 60, seed=2)
+def test_rows_with_all_axes_are_drawn_and_none_has_what_counts_as_illegal():
+    rows, coverage = draw_rows(Space(Config(), max_ranks=16), 60, seed=2)
+    seen = {combo for drawn in rows for combo in combos_of(drawn.row)}
+    assert not seen & coverage.refused.keys()
     assert sum(ALL_AXES.items() <= drawn.row.items() for drawn in rows) >= 4
     assert all(3 in {drawn.row[axis] for drawn in rows} for axis in ("tp", "pp", "dp"))
 
