@@ -106,13 +106,8 @@ LAYOUT = [
     ("--mup-base-width 64 --optimizer muon", 1, "--mup-base-width 64: its learning rates are those "
      "of Adam, not of --optimizer muon (use adamw)"),
     ("--mup-base-width 0", 1, "--mup-base-width 0: must be an integer >= 1"),
-<<<<<<< HEAD
-    ("--valid-data synthetic", 1, "--valid-data synthetic: has no end, and is what --data synthetic "
-     "trains on (use a prefix of megalite preprocess)"),
-=======
     ("--valid-data synthetic", 1, "--valid-data synthetic: has no end, and is what --data "
      "synthetic trains on (use a prefix of megalite preprocess)"),
->>>>>>> review
     ("--rampup-batch-size 4,4", 1,
      "--rampup-batch-size 4,4: expected START,INCREMENT,SAMPLES, each at least 1"),
     ("--rampup-batch-size 4,0,100", 1,
