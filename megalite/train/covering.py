@@ -68,6 +68,8 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "mup_base_width": (None, 16),
     "ramp": (False, True),
 }
+EASY = {"microbatches": 2, "recompute": "selective"}
+"""Values that other settings need: with the plain ones in their place, those would look illegal."""
 TRIPLES = (("schedule", "recompute", "zero"),)
 """What holds gradients and activations, and for how long."""
 ALL_AXES = {"tp": 2, "pp": 2, "cp": 2, "dp": 2}
@@ -129,7 +131,9 @@ class Space:
     def __init__(self, base: Config, max_ranks: int):
         self.base, self.max_ranks = base, max_ranks
         self.factors = {name: self._values(name) for name in FACTORS}
-        self.plain = {name: values[0] for name, values in self.factors.items()}
+        plain = {name: values[0] for name, values in self.factors.items()}
+        easy = {name: value for name, value in EASY.items() if value in self.factors[name]}
+        self.begin = {**plain, **easy}
         self._known: dict[tuple, str] = {}
         self._schedules: dict[tuple, str] = {}
 
@@ -182,12 +186,12 @@ class Space:
         return self._schedules[asked]
 
     def completed(self, fixed: Row) -> tuple[Row | None, str]:
-        """A legal row with these values and as few others as can be that are not plain.
+        """A legal row with these values and few others that are not plain.
 
-        Looks two changes away from the plain row; if there is none, the second is the rule, the
-        one that most speaks of these factors.
+        Looks two changes away from the plain row with EASY; if there is none, the second is the
+        rule, the one that most speaks of these factors.
         """
-        start = {**self.plain, **fixed}
+        start = {**self.begin, **fixed}
         rules: dict[str, None] = {}
         for row in self._near(start, set(fixed)):
             rule = self.why_not(row)

@@ -308,8 +308,10 @@ def test_enough_rows_cover_every_legal_pair():
     assert len(coverage.legal) + len(coverage.refused) == pairs + triples
 
 
-def test_rows_with_all_axes_are_drawn():
-    rows, _ = draw_rows(Space(Config(), max_ranks=16), 60, seed=2)
+def test_rows_with_all_axes_are_drawn_and_none_has_what_counts_as_illegal():
+    rows, coverage = draw_rows(Space(Config(), max_ranks=16), 60, seed=2)
+    seen = {combo for drawn in rows for combo in combos_of(drawn.row)}
+    assert not seen & coverage.refused.keys()
     assert sum(ALL_AXES.items() <= drawn.row.items() for drawn in rows) >= 4
     assert all(3 in {drawn.row[axis] for drawn in rows} for axis in ("tp", "pp", "dp"))
 
