@@ -3,8 +3,9 @@
 Every function takes the Axis it runs over and must be called by all ranks of that axis, in one
 order. On an axis of one rank it is the identity; on a fake axis it is logged and answered with
 empty tensors. `*_start` forms return a Pending whose `wait()` gives the result. The last five
-functions are autograd pairs. What it is not: point-to-point transfers between pipeline stages
-(parallel/p2p.py).
+functions are autograd pairs: what a layer of one's own is made of, where ours overlap their
+collectives by hand (layers/linear.py). What it is not: point-to-point transfers between pipeline
+stages (parallel/p2p.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The collective log (what every rank sent, in order) and the one place that prints.
+"""The collective log: what every rank sent, in order.
 
 The log is a ring of plain records that hangs on the mesh: the hang explainer, the volume tests, the
 planner and the trace of a step (train/trace.py) read it; nothing here decides anything. Times are
@@ -121,9 +121,3 @@ def _call_site() -> str:
         frame = frame.f_back
     path = frame.f_code.co_filename.replace("\\", "/")
     return f"{path[path.rfind('megalite/') :] if 'megalite/' in path else path}:{frame.f_lineno}"
-
-
-def say(text: str, *, rank: int = 0) -> None:
-    """Print a line from rank 0 only; every other rank is silent."""
-    if rank == 0:
-        print(text, flush=True)

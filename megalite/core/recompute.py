@@ -27,11 +27,16 @@ class Run:
 
     def __init__(self, fn: Callable[..., Tensor], inputs: tuple[Saved, ...], needs: list[bool]):
         self.fn, self._inputs, self._needs = fn, inputs, needs
+        self._versions = [_version(saved) for saved in inputs]
         self._second: tuple[Tensor, list[Tensor]] | None = None
 
     def second(self) -> tuple[Tensor, list[Tensor]]:
         """The output of a second run, its graph behind it, and that graph's inputs."""
         if self._second is None:
+            # Autograd checks this of what it saves itself.
+            assert [_version(saved) for saved in self._inputs] == self._versions, (
+                "an input of what is run again has been written to since it was run"
+            )
             inputs = [
                 unpack(saved).detach().requires_grad_(need)
                 for saved, need in zip(self._inputs, self._needs, strict=True)
@@ -56,6 +61,11 @@ class Remade:
 
 
 Saved = Tensor | Remade
+
+
+def _version(saved: Saved) -> int:
+    """How often a tensor, or its views, have been written to in place."""
+    return saved._version if isinstance(saved, Tensor) else 0
 
 
 def unpack(saved: Saved) -> Tensor:
@@ -98,7 +108,7 @@ class Parts:
     def __init__(self, names: Iterable[str]):
         self.names = frozenset(names)
         # A weak reference keeps a storage's address from being used again, but not its memory.
-        self._made: dict[StorageWeakRef, Run] = {}
+        self._made: dict[StorageWeakRef, tuple[Run, int]] = {}
         self._hooks = saved_tensors_hooks(self._pack, unpack)
 
     def __enter__(self) -> Parts:
@@ -117,11 +127,12 @@ class Parts:
             return fn(*inputs)
         run = Run(fn, tuple(self._pack(x.detach()) for x in inputs), needs)
         y = _Again.apply(run, *inputs)
-        self._made[StorageWeakRef(y.untyped_storage())] = run
+        self._made[StorageWeakRef(y.untyped_storage())] = run, y._version
         return y
 
     def _pack(self, x: Tensor) -> Saved:
-        run = self._made.get(StorageWeakRef(x.untyped_storage()))
-        if run is None:
+        run, version = self._made.get(StorageWeakRef(x.untyped_storage()), (None, 0))
+        # Written to since, it is no longer what a second run makes.
+        if run is None or x._version != version:
             return x
         return Remade(run, tuple(x.shape), x.stride(), int(x.storage_offset()))

@@ -81,7 +81,7 @@ class Run:
         self.held_out = self._held_out()
         check_space(self.out, self.engine.optimizer, self.mesh)
         self.step, self.samples, self.tokens = self._start_point()
-        self.last_eval: tuple[float, float | None] | None = None
+        self.evaluated_at: int | None = None
         self.trace = Trace(self.out, self.mesh, config.train.traced)
 
     def train(self) -> None:
@@ -193,10 +193,10 @@ class Run:
 
     def _evaluate(self, *, last: bool) -> None:
         """Held-out loss (over all of the text at the end) and a sample."""
+        self.evaluated_at = self.step
         if self.held_out is not None:
             count = len(self.held_out.loader.source) if last else self.config.train.eval_samples
             loss, bits = evaluate(self.engine, self.held_out, count)
-            self.last_eval = (loss, bits)
             reference = self.held_out.gzip_bits_per_byte
             self._say(f"  {console.held_out(loss, bits, reference)}")
             if self.metrics is not None:
@@ -327,7 +327,7 @@ class Run:
             self.metrics.close()
 
     def _finish(self, seconds: float) -> None:
-        if self.last_eval is None or self.step % max(1, self.config.train.eval_interval):
+        if self.evaluated_at != self.step:
             self._evaluate(last=True)
         train = self.config.train
         if self.metrics is None:

@@ -124,6 +124,15 @@ def test_launched_run_ends_well_and_its_next_command_works(prepared, capfd):
     assert Path(shlex.split(found[2])[-1]).is_dir()
 
 
+def test_last_step_is_sampled_once_where_there_is_no_held_out_text(prepared, train):
+    base = config_of(prepared / "run", {}, eval_interval=2)
+    data = DataConfig(data=str(prepared / "train"))
+    config = replace(base, data=data, model=replace(base.model, vocab_size=VOCAB))
+    assert config.train.train_steps == 4
+    (ran,) = train(config, 1)
+    assert sum("sample:" in line for line in ran["out"].splitlines()) == 2
+
+
 @pytest.mark.parametrize("layout", [{"cp": 2}, {"cp": 2, "pp": 2, "cp_form": "ulysses"}])
 def test_run_over_cut_sequences_evaluates_and_samples_as_one_process(layout, prepared, train):
     found = []

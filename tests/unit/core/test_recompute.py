@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -108,6 +109,28 @@ def test_storage_made_later_is_never_taken_for_a_part():
         found.append((x.grad, w.grad))
     for a, b in zip(*found, strict=True):
         assert torch.equal(a, b)
+
+
+def test_output_that_is_written_to_is_kept_as_it_is():
+    found = []
+    for names in ((), ("norm",)):
+        x, w = inputs()
+        with Parts(names) as parts:
+            y = F.linear(parts.run("norm", Norm(), (x,)).mul_(3.0), w)
+        y.square().sum().backward()
+        found.append((x.grad, w.grad))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_input_that_is_written_to_is_refused():
+    x, w = inputs()
+    stream = x * 1.0
+    with Parts(("norm",)) as parts:
+        y = F.linear(parts.run("norm", Norm(), (stream,)), w)
+        stream.add_(1.0)
+    with pytest.raises(AssertionError, match="written to since"):
+        y.square().sum().backward()
 
 
 def test_whole_function_keeps_its_input_alone():
