@@ -152,15 +152,18 @@ def _with_copies(
 ) -> float:
     """`working` with the second copies that reduce-scatters over gloo hold, LANES of them at most.
 
-    From stage 2 on they are there while the next microbatch begins. Before, in the last one's
-    backward alone: of a layer's gradients when that layer is gone, of the table's when all are.
+    From stage 2 on they are there in the next microbatch's backward; of one size LANES - 1, as the
+    gradient that is being made has the last lane. Before, in the last one's backward alone: of a
+    layer's gradients when that layer is gone, of the table's when all are.
     """
     flats = sorted(
         (b.size * acc_dtype(b.key.dtype).itemsize, any("embedding" in s.name for s in b.slots))
         for b in buckets
     )
-    every = sum(nbytes for nbytes, _ in flats[-LANES:])
     if zero >= 2:
-        return working + every
+        sizes = Counter(nbytes for nbytes, _ in flats)
+        reduced = [nbytes for nbytes in sorted(sizes) for _ in range(min(sizes[nbytes], LANES - 1))]
+        return working + sum(reduced[-LANES:])
+    every = sum(nbytes for nbytes, _ in flats[-LANES:])
     inner = sum([nbytes for nbytes, table in flats if not table][-LANES:])
     return max(working + max(0.0, inner - LANES * layer), every - kept)

@@ -257,22 +257,27 @@ class Run:
         train = self.config.train
         if self._is_first:
             remove_partial(self.out / "checkpoints")
+        if not train.resume and not train.init_from:
+            return 0, 0, 0
+        source = self.out if train.resume else Path(train.init_from)
+        directory, manifest, passed_over = newest_for_all(source, self.mesh, self.device)
+        _check_same_model(self.config, manifest, directory)
+        # What weights of another run were trained by is no matter; what they mean is.
+        mine = (
+            self.files
+            if train.resume
+            else {k: f for k, f in self.files.items() if k == "attention"}
+        )
+        changed = changed_files(manifest.made_with.get(FILES, {}), mine)
+        for line in (*(f"{reason}; using {directory.name}" for reason in passed_over), *changed):
+            self._say(f"megalite: warning: {line}")
         if train.resume:
-            directory, manifest, passed_over = newest_for_all(self.out, self.mesh, self.device)
-            for reason in passed_over:
-                self._say(f"megalite: warning: {reason}; using {directory.name}")
-            _check_same_model(self.config, manifest, directory)
-            for line in changed_files(manifest.made_with.get(FILES, {}), self.files):
-                self._say(f"megalite: warning: {line}")
             load_optimizer(Reader(directory, manifest), self.engine.optimizer)
             return manifest.step, manifest.samples, manifest.tokens
-        if train.init_from:
-            directory, manifest, _ = newest_for_all(Path(train.init_from), self.mesh, self.device)
-            _check_same_model(self.config, manifest, directory)
-            with self.engine.zero.whole_params():
-                for stage in self.engine.stages.values():
-                    load_weights(Reader(directory, manifest), dict(stage.named_parameters()))
-            self.engine.optimizer.read_params()
+        with self.engine.zero.whole_params():
+            for stage in self.engine.stages.values():
+                load_weights(Reader(directory, manifest), dict(stage.named_parameters()))
+        self.engine.optimizer.read_params()
         return 0, 0, 0
 
     def _prepare_out(self) -> None:

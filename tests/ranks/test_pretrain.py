@@ -401,3 +401,19 @@ def test_cuda_without_a_gpu_is_one_line(tmp_path, train):
     line = "front door: --device cuda: no GPU is visible to torch (use --device cpu)\n"
     assert (one["code"], one["err"]) == (2, line)
     assert not (tmp_path / "run").exists()
+
+
+def test_run_from_weights_of_another_says_what_it_passes_over_and_what_has_changed(tmp_path, train):
+    mine = tmp_path / "mine.py"
+    attention = (EXAMPLE.parent / "my_attention.py").read_text()
+    mine.write_text(attention)
+    first = config_of(tmp_path / "first", save_interval=2)
+    first = replace(first, model=replace(first.model, attention=f"{mine}:MyAttention"))
+    train(first)
+    (tmp_path / "first/checkpoints/step-00000004" / mf.NAME).write_text("{}")
+    mine.write_text(attention + "# mended\n")
+    paths = {"out": str(tmp_path / "second"), "init_from": first.train.out}
+    (ran,) = train(replace(first, train=replace(first.train, **paths)))
+    older, changed = [line for line in ran["out"].splitlines() if "warning" in line]
+    assert older.endswith("using step-00000002")
+    assert f"--attention {mine}:MyAttention: has changed since" in changed
