@@ -379,7 +379,7 @@ EXTRA = {
     "llama tp2 cp2 kv2 gather", "tp2 cp2 ulysses", "cp2 dp2 zero0", "cp2 pp2", "window cp3 gather",
     "window cp2 ulysses", "everything cp2 ring", "everything tp2 cp2 gather", "dropout cp2 gather",
     "dropout cp2 ring", "dropout tp2 cp2 ulysses", "lengths vary cp2 dp2 ulysses", "tp2 cp2 ring",
-    "cp2 dp2 gather, all of one rank masked", "tp2 cp2 pp2 dp2 untied zb-v",
+    "cp2 dp2 gather, all of one rank masked",
     "documents dropout cp2 ring", "documents dropout tp2 cp2 ulysses",
     "documents window cp3 gather",
     *(row.name for row in SPLITS if row not in EVERYDAY_SPLITS),
