@@ -197,6 +197,7 @@ SUMS: dict[Any, Callable[..., Any]] = {
     aten.cumsum.default: lambda x, dim, dtype=None: _sum_along(x, dim),
     aten.dot.default: _dot,
     aten.mm.default: _matmul,
+    aten.mm.out: lambda a, b, *, out: out.copy_(_matmul(a, b)),
     aten.bmm.default: _matmul,
     aten.mv.default: _matvec,
     aten.addmm.default: _add_matmul,
