@@ -163,7 +163,7 @@ def compared(ranks, tmp_path_factory):
     """The Result of a layout whose ranks run a job of ours in place of the library's."""
     folder = tmp_path_factory.mktemp("verify")
 
-    def result(job: str, layout: dict, documents: bool = False, numbers: Numbers = PLAIN, **kwargs):
+    def result(job: str, layout: dict, numbers: Numbers = PLAIN, documents: bool = False, **kwargs):
         data = DataConfig(reset_attention_mask=documents)
         config = Config(model=MODEL, layout=LayoutConfig(**layout), data=data)
         row = given_row(config, most=16)
