@@ -135,29 +135,29 @@ class Bench:
         return ""
 
 
-def comm_mutants(bench: Bench) -> Iterator[Mutant]:
-    """Each collective and transfer of a step with each change."""
+def places(bench: Bench, job: str) -> list[tuple[str, str, tuple[str, ...]]]:
+    """The pairs that a job of mutants.py finds, in order, each with the layouts that have it."""
     seen: dict[tuple[str, str], dict[str, None]] = {}
     for name in LAYOUTS:
-        for rank in bench.run(name, "sites"):
-            for where, op in rank["sites"]:
-                seen.setdefault((where, op), {})[name] = None
-    for (where, op), layouts in sorted(seen.items()):
+        for rank in bench.run(name, job):
+            for where, what in rank[job]:
+                seen.setdefault((where, what), {})[name] = None
+    return [(where, what, tuple(names)) for (where, what), names in sorted(seen.items())]
+
+
+def comm_mutants(bench: Bench) -> Iterator[Mutant]:
+    """Each collective and transfer of a step with each change."""
+    for where, op, layouts in places(bench, "sites"):
         for change in CHANGES:
             if not (change == "wrong axis" and op == "transfer"):  # it has no axis to be wrong
-                yield Mutant("comm", where, change, tuple(layouts), op)
+                yield Mutant("comm", where, change, layouts, op)
 
 
 def shard_mutants(bench: Bench) -> Iterator[Mutant]:
     """Each parameter of a model with each change of its Shard that can be made."""
-    seen: dict[tuple[str, str], dict[str, None]] = {}
-    for name in LAYOUTS:
-        for rank in bench.run(name, "shards"):
-            for where, change in rank["shards"]:
-                seen.setdefault((where, change), {})[name] = None
-    for (where, change), layouts in sorted(seen.items()):
+    for where, change, layouts in places(bench, "shards"):
         assert change in SHARD_CHANGES
-        yield Mutant("shard", where, change, tuple(layouts))
+        yield Mutant("shard", where, change, layouts)
 
 
 def schedule_mutants() -> Iterator[Mutant]:

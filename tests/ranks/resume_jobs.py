@@ -76,6 +76,13 @@ def state_of(engine: Engine) -> str:
     return digest.hexdigest()
 
 
+def load_newest(engine: Engine, run: str) -> mf.Manifest:
+    """Take all numbers from the newest checkpoint of a run; gives its manifest."""
+    directory, manifest, _ = newest_for_all(Path(run), engine.mesh, engine.device)
+    load_optimizer(Reader(directory, manifest), engine.optimizer)
+    return manifest
+
+
 def train_through(rank: int, world: int, config: dict, out: str) -> dict:
     """Train 10 steps, save, and train 10 more without a stop."""
     engine = engine_of(Config.from_dict(config), rank, world, "float32")
@@ -90,8 +97,7 @@ def resume(rank: int, world: int, config: dict, run: str) -> dict:
     """Go on from the newest checkpoint, in processes that know nothing of the run before."""
     engine = engine_of(Config.from_dict(config), rank, world, "float32")
     fresh = state_of(engine)
-    directory, manifest, _ = newest_for_all(Path(run), engine.mesh, engine.device)
-    load_optimizer(Reader(directory, manifest), engine.optimizer)
+    manifest = load_newest(engine, run)
     at_10 = state_of(engine)
     _, losses = advance(engine, manifest.samples, 10)
     return {"losses": losses, "fresh": fresh, "at_10": at_10, "at_20": state_of(engine)}
@@ -109,8 +115,7 @@ def go_on(rank: int, world: int, config: dict, run: str, steps: int) -> list[flo
     engine = engine_of(Config.from_dict(config), rank, world, "float64")
     samples, step, root = 0, 0, Path(run) / "checkpoints"
     if root.exists():
-        directory, manifest, _ = newest_for_all(Path(run), engine.mesh, engine.device)
-        load_optimizer(Reader(directory, manifest), engine.optimizer)
+        manifest = load_newest(engine, run)
         samples, step = manifest.samples, manifest.step
     barrier(engine.mesh.world)
     samples, losses = advance(engine, samples, steps)
@@ -220,8 +225,7 @@ def move(rank: int, world: int, config: dict, runs: dict[str, str]) -> list[list
     engine = engine_of(Config.from_dict(config), rank, world, "float32")
     losses = []
     for source, target in runs.items():
-        directory, manifest, _ = newest_for_all(Path(source), engine.mesh, engine.device)
-        load_optimizer(Reader(directory, manifest), engine.optimizer)
+        manifest = load_newest(engine, source)
         made = facts(engine.config, manifest.step, manifest.samples)
         save(Path(target) / "checkpoints", engine.optimizer, engine.mesh, made)
         losses.append(losses_of(engine, manifest.samples, 2))
