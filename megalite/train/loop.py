@@ -8,7 +8,7 @@ or where padding falls.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,44 +37,90 @@ class Reduced:
     """Above 0 where some rank was asked to stop."""
 
 
+@dataclass(frozen=True)
+class Reducing:
+    """A `Reduced` on its way: the sums over all ranks are not waited for yet."""
+
+    sums: comm.Pending
+    expected: int
+    """Tokens of a step, masked or not."""
+
+    def finish(self) -> Reduced:
+        """Wait for it; again is free."""
+        squares, loss_sum, tokens, stops = self.sums.wait()
+        correction = correction_of(self.expected, tokens)
+        loss = loss_sum / tokens.clamp(min=1)
+        return Reduced(loss, tokens, correction * squares.sqrt(), correction, stops)
+
+
 def forward_backward(engine: Engine, calls: Sequence[Call], *, stop: bool = False) -> Reduced:
     """Run one step's microbatches: reduced gradients are then in the buckets. All ranks call it."""
-    train, dp = engine.config.train, engine.mesh.axis("dp")
-    expected = len(calls) * train.micro_batch_size * dp.size * engine.config.model.seq_len
+    engine.mesh.log.doing("clear gradients")
+    engine.zero.begin(len(calls))
+    return begin_reduced(engine, calls, stop=stop).finish()
+
+
+def begin_reduced(
+    engine: Engine,
+    calls: Sequence[Call],
+    *,
+    stop: bool = False,
+    stands: Callable[[], bool] | None = None,
+) -> Reducing:
+    """`forward_backward` up to its last wait. Gradients have been cleared, or `stands`, which the
+    pipeline's `run` is given, does it.
+    """
+    expected = expected_tokens(engine, calls)
     seed = torch.tensor(1.0 / expected, dtype=_wide(engine.dtype), device=engine.device)
     log = engine.mesh.log
-    log.doing("clear gradients")
-    engine.zero.begin(len(calls))
-    loss = engine.pipeline.run(calls, seed=seed)
+    loss = engine.pipeline.run(calls, seed=seed, stands=stands)
     log.doing("finish reductions")
     engine.zero.finish()
     log.doing("gradient norm")
-    counted = loss.new_zeros((), dtype=torch.float64)
-    if engine.counts_loss:
-        counted = torch.stack([(c.labels >= 0).sum() for c in calls if c.labels is not None]).sum()
     mine = torch.stack(
         (
             engine.optimizer.sum_of_squares(),
             loss.double() * engine.counts_loss,
-            counted.double(),
-            counted.new_tensor(float(stop), dtype=torch.float64),
+            count_of(engine, calls),
+            loss.new_tensor(float(stop), dtype=torch.float64),
         )
     )
-    squares, loss_sum, tokens, stops = comm.all_reduce(mine, engine.mesh.world)
-    correction = expected / tokens.clamp(min=1)
-    return Reduced(
-        loss_sum / tokens.clamp(min=1), tokens, correction * squares.sqrt(), correction, stops
-    )
+    return Reducing(comm.all_reduce_start(mine, engine.mesh.world), expected)
+
+
+def expected_tokens(engine: Engine, calls: Sequence[Call]) -> int:
+    """Tokens of a step, masked or not."""
+    train, dp = engine.config.train, engine.mesh.axis("dp")
+    return len(calls) * train.micro_batch_size * dp.size * engine.config.model.seq_len
+
+
+def count_of(engine: Engine, calls: Sequence[Call]) -> Tensor:
+    """Unmasked tokens that this rank counts."""
+    count = torch.zeros((), dtype=torch.float64, device=engine.device)
+    if engine.counts_loss:
+        for call in calls:
+            if call.labels is not None:
+                count += (call.labels >= 0).sum()
+    return count
+
+
+def correction_of(expected: int, tokens: Tensor) -> Tensor:
+    """What the gradients in the buckets are to be multiplied with, by the count of all ranks."""
+    return expected / tokens.clamp(min=1)
+
+
+def scale_of(engine: Engine, found: Reduced) -> Tensor:
+    """What an update multiplies the gradients in the buckets with: correction, and clipping."""
+    clip = engine.config.optim.clip_grad
+    if clip > 0:
+        return found.correction * (clip / (found.norm + CLIP_EPS)).clamp(max=1.0)
+    return found.correction
 
 
 def update(engine: Engine, found: Reduced, *, lr: float) -> None:
     """Clip, and let the optimizer take its step."""
-    clip = engine.config.optim.clip_grad
-    scale = found.correction
-    if clip > 0:
-        scale = scale * (clip / (found.norm + CLIP_EPS)).clamp(max=1.0)
     engine.mesh.log.doing("optimizer")
-    engine.optimizer.step(lr=lr, scale=scale)
+    engine.optimizer.step(lr=lr, scale=scale_of(engine, found))
 
 
 def train_step(engine: Engine, calls: Sequence[Call], *, lr: float, stop: bool = False) -> Reduced:

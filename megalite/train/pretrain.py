@@ -10,6 +10,8 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -42,6 +44,7 @@ from megalite.train.loop import Reduced, train_step
 from megalite.train.metrics import Metrics, peak_memory_gb
 from megalite.train.own_files import as_tree, changed_files, check_own_code, own_files
 from megalite.train.pictures import draw_loss, draw_schedule, timeline
+from megalite.train.post_validation import PostValidation
 from megalite.train.trace import Trace
 
 SAMPLE_TOKENS = 40
@@ -56,6 +59,20 @@ def pretrain(config: Config, world: World) -> None:
     with failures_told(config, world):
         Run(config, world).train()
         mesh_module.disconnect()
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A step that has been taken, and what of it is known at once."""
+
+    step: int
+    samples: int
+    tokens: int
+    lr: float
+    seconds: float
+    batch_tokens: int
+    """Those of this step, masked or not."""
+    found: Callable[[], Reduced]
 
 
 class Run:
@@ -81,6 +98,8 @@ class Run:
         self.held_out = self._held_out()
         check_space(self.out, self.engine.optimizer, self.mesh)
         self.step, self.samples, self.tokens = self._start_point()
+        self.late = PostValidation(self.engine) if config.layout.post_validation else None
+        self.untold: list[Taken] = []
         self.last_eval: tuple[float, float | None] | None = None
         self.trace = Trace(self.out, self.mesh, config.train.traced)
 
@@ -103,28 +122,25 @@ class Run:
             self._say(f"resumed at step {self.step} from {self.out}/checkpoints")
             if 0 < train.traced.stop <= self.step + 1:
                 self._say(f"megalite: warning: --trace-steps {train.trace_steps}: taken before")
-        progress = console.Progress(config, self.step, self.samples)
+        self.progress = console.Progress(config, self.step, self.samples)
         began = time.monotonic()
         saved = self.step
         while self.step < train.train_steps:
             self.trace.enter(self.step + 1)
-            found, lr = self._one_step()
+            asked = self._one_step()
             self.trace.leave(self.step)
             if self.step == train.traced.stop - 1:
                 self._write_trace()
-            if self.step % train.log_interval == 0 or self.step in (1, train.train_steps):
-                line = progress.line(
-                    self.step,
-                    samples=self.samples,
-                    loss=found.loss.item(),
-                    norm=found.norm.item(),
-                    lr=lr,
-                )
-                self._say(line)
-            if train.eval_interval and self.step % train.eval_interval == 0:
-                self._evaluate(last=self.step == train.train_steps)
-            asked = found.stop.item() > 0
-            if asked or self.step == train.train_steps or _due(self.step, train.save_interval):
+            last = self.step == train.train_steps
+            evaluates, saves = (
+                _due(self.step, n) for n in (train.eval_interval, train.save_interval)
+            )
+            if self.late is not None and (asked or last or evaluates or saves):
+                self.late.settle()
+                asked |= self._tell(but=0)
+            if evaluates:
+                self._evaluate(last=last)
+            if asked or last or saves:
                 self._save()
                 saved = self.step
             if asked and self.step < train.train_steps:
@@ -141,43 +157,70 @@ class Run:
         if self._is_first:
             print("\n".join(lines), flush=True)
 
-    def _one_step(self) -> tuple[Reduced, float]:
+    def _one_step(self) -> bool:
+        """Whether to stop: what the last step known says."""
         config = self.config
         began = time.monotonic()
         self.mesh.log.doing("data")
         batch = config.batch_at(self.samples)
-        per_step = batch * config.model.seq_len
         lr = self._learning_rate()
         calls = self.loader.step(self.samples, config.num_microbatches(self.world.size, batch))
-        found = train_step(self.engine, calls, lr=lr, stop=self.stop.asked)
-        loss, norm = found.loss.item(), found.norm.item()
-        if not (console.is_number(loss) and console.is_number(norm)):
-            raise RunError(
-                f"step {self.step + 1}: loss {loss}, gradient norm {norm} (lower --lr, or raise "
-                "--warmup-steps; earlier checkpoints are intact)"
-            )
+        if self.late is None:
+            reduced = train_step(self.engine, calls, lr=lr, stop=self.stop.asked)
+            found, tokens = (lambda: reduced), reduced.tokens
+        else:
+            found, tokens = self.late.step(calls, lr=lr, stop=self.stop.asked)
         self.step += 1
         self.samples += batch
-        self.tokens += int(found.tokens.item())
+        self.tokens += int(tokens.item())
+        seconds, batch_tokens = time.monotonic() - began, batch * config.model.seq_len
+        taken = Taken(self.step, self.samples, self.tokens, lr, seconds, batch_tokens, found)
+        self.untold.append(taken)
+        return self._tell(but=0 if self.late is None else 1)
+
+    def _tell(self, *, but: int) -> bool:
+        """Write and say what is not told yet, but for that many steps; whether one says to stop."""
+        asked = False
+        while len(self.untold) > but:
+            taken = self.untold.pop(0)
+            found = taken.found()
+            self._tell_step(taken, found.loss.item(), found.norm.item())
+            asked |= found.stop.item() > 0
+        return asked
+
+    def _tell_step(self, taken: Taken, loss: float, norm: float) -> None:
+        config = self.config
+        if not (console.is_number(loss) and console.is_number(norm)):
+            raise RunError(
+                f"step {taken.step}: loss {loss}, gradient norm {norm} (lower --lr, or raise "
+                "--warmup-steps; earlier checkpoints are intact)"
+            )
         self.mesh.log.doing("write metrics")
         if self.metrics is not None:
-            seconds = time.monotonic() - began
+            per_second = taken.batch_tokens / taken.seconds
             self.metrics.write(
-                self.step,
-                tokens=self.tokens,
-                samples=self.samples,
+                taken.step,
+                tokens=taken.tokens,
+                samples=taken.samples,
                 loss=loss,
-                lr=lr,
+                lr=taken.lr,
                 grad_norm=norm,
-                step_ms=1000 * seconds,
-                tokens_per_s=per_step / seconds,
-                tflops_per_rank=_token_flops(config) * per_step / seconds / self.world.size / 1e12,
+                step_ms=1000 * taken.seconds,
+                tokens_per_s=per_second,
+                tflops_per_rank=_token_flops(config) * per_second / self.world.size / 1e12,
                 mfu=None,
                 peak_mem_gb=peak_memory_gb(self.device),
                 loss_scale=None,
                 skipped=0,
             )
-        return found, lr
+        if _due(taken.step, config.train.log_interval) or taken.step in (
+            1,
+            config.train.train_steps,
+        ):
+            line = self.progress.line(
+                taken.step, samples=taken.samples, loss=loss, norm=norm, lr=taken.lr
+            )
+            self._say(line)
 
     def _learning_rate(self) -> float:
         """Of the next step."""
