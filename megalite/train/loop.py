@@ -23,56 +23,74 @@ CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ adds the same
 
 @dataclass(frozen=True)
 class Reduced:
-    """What one forward and backward over the global batch found: scalars, alike on every rank."""
+    """What one forward and backward over the global batch found: scalars, alike on every rank.
 
-    loss: Tensor
-    """Mean over unmasked tokens."""
-    tokens: Tensor
-    """Unmasked tokens."""
-    norm: Tensor
-    """Of the gradient of that mean."""
-    correction: Tensor
-    """What the gradients in the buckets are to be multiplied with to be those of the mean."""
-    stop: Tensor
-    """Above 0 where some rank was asked to stop."""
+    Who reads one waits for the sum over all ranks that it is made of.
+    """
 
-
-@dataclass(frozen=True)
-class Reducing:
-    """A `Reduced` on its way: the sums over all ranks are not waited for yet."""
-
-    sums: comm.Pending
     expected: int
-    """Tokens of a step, masked or not."""
+    """Tokens of the step, masked or not."""
+    sums: comm.Pending
+    """Of squares, losses, unmasked tokens, and ranks that were asked to stop."""
+    counted: comm.Pending | None = None
+    """Of unmasked tokens, where that sum does not wait for the others."""
 
-    def finish(self) -> Reduced:
-        """Wait for it; again is free."""
-        squares, loss_sum, tokens, stops = self.sums.wait()
-        correction = correction_of(self.expected, tokens)
-        loss = loss_sum / tokens.clamp(min=1)
-        return Reduced(loss, tokens, correction * squares.sqrt(), correction, stops)
+    @property
+    def tokens(self) -> Tensor:
+        """Unmasked tokens."""
+        return self.sums.wait()[2] if self.counted is None else self.counted.wait()
+
+    @property
+    def loss(self) -> Tensor:
+        """Mean over unmasked tokens."""
+        return self.sums.wait()[1] / self.tokens.clamp(min=1)
+
+    @property
+    def norm(self) -> Tensor:
+        """Of the gradient of that mean."""
+        return self.correction * self.sums.wait()[0].sqrt()
+
+    @property
+    def correction(self) -> Tensor:
+        """What the gradients in the buckets are to be multiplied with to be those of the mean."""
+        return self.expected / self.tokens.clamp(min=1)
+
+    @property
+    def stop(self) -> Tensor:
+        """Above 0 where some rank was asked to stop."""
+        return self.sums.wait()[3]
+
+    def scale(self, clip: float) -> Tensor:
+        """The correction, and what clips the norm to `clip` (0: nothing does)."""
+        if clip > 0:
+            return self.correction * (clip / (self.norm + CLIP_EPS)).clamp(max=1.0)
+        return self.correction
 
 
-def forward_backward(engine: Engine, calls: Sequence[Call], *, stop: bool = False) -> Reduced:
-    """Run one step's microbatches: reduced gradients are then in the buckets. All ranks call it."""
-    engine.mesh.log.doing("clear gradients")
-    engine.zero.begin(len(calls))
-    return begin_reduced(engine, calls, stop=stop).finish()
-
-
-def begin_reduced(
+def forward_backward(
     engine: Engine,
     calls: Sequence[Call],
     *,
     stop: bool = False,
     stands: Callable[[], bool] | None = None,
-) -> Reducing:
-    """`forward_backward` up to its last wait. Gradients have been cleared, or `stands`, which the
-    pipeline's `run` is given, does it.
+) -> Reduced:
+    """Run one step's microbatches: reduced gradients are then in the buckets. All ranks call it.
+
+    `stands`, if given, is for `Pipeline.run`, and clears the gradients.
     """
-    expected = expected_tokens(engine, calls)
+    train, dp = engine.config.train, engine.mesh.axis("dp")
+    expected = len(calls) * train.micro_batch_size * dp.size * engine.config.model.seq_len
     seed = torch.tensor(1.0 / expected, dtype=_wide(engine.dtype), device=engine.device)
     log = engine.mesh.log
+    count = torch.zeros((), dtype=torch.float64, device=engine.device)
+    if engine.counts_loss:
+        count += torch.stack([(c.labels >= 0).sum() for c in calls if c.labels is not None]).sum()
+    early = None
+    if stands is None:
+        log.doing("clear gradients")
+        engine.zero.begin(len(calls))
+    else:
+        early = comm.all_reduce_start(count.clone(), engine.mesh.world)
     loss = engine.pipeline.run(calls, seed=seed, stands=stands)
     log.doing("finish reductions")
     engine.zero.finish()
@@ -81,46 +99,18 @@ def begin_reduced(
         (
             engine.optimizer.sum_of_squares(),
             loss.double() * engine.counts_loss,
-            count_of(engine, calls),
-            loss.new_tensor(float(stop), dtype=torch.float64),
+            count,
+            count.new_tensor(float(stop)),
         )
     )
-    return Reducing(comm.all_reduce_start(mine, engine.mesh.world), expected)
-
-
-def expected_tokens(engine: Engine, calls: Sequence[Call]) -> int:
-    """Tokens of a step, masked or not."""
-    train, dp = engine.config.train, engine.mesh.axis("dp")
-    return len(calls) * train.micro_batch_size * dp.size * engine.config.model.seq_len
-
-
-def count_of(engine: Engine, calls: Sequence[Call]) -> Tensor:
-    """Unmasked tokens that this rank counts."""
-    count = torch.zeros((), dtype=torch.float64, device=engine.device)
-    if engine.counts_loss:
-        for call in calls:
-            if call.labels is not None:
-                count += (call.labels >= 0).sum()
-    return count
-
-
-def correction_of(expected: int, tokens: Tensor) -> Tensor:
-    """What the gradients in the buckets are to be multiplied with, by the count of all ranks."""
-    return expected / tokens.clamp(min=1)
-
-
-def scale_of(engine: Engine, found: Reduced) -> Tensor:
-    """What an update multiplies the gradients in the buckets with: correction, and clipping."""
-    clip = engine.config.optim.clip_grad
-    if clip > 0:
-        return found.correction * (clip / (found.norm + CLIP_EPS)).clamp(max=1.0)
-    return found.correction
+    return Reduced(expected, comm.all_reduce_start(mine, engine.mesh.world), early)
 
 
 def update(engine: Engine, found: Reduced, *, lr: float) -> None:
     """Clip, and let the optimizer take its step."""
+    scale = found.scale(engine.config.optim.clip_grad)
     engine.mesh.log.doing("optimizer")
-    engine.optimizer.step(lr=lr, scale=scale_of(engine, found))
+    engine.optimizer.step(lr=lr, scale=scale)
 
 
 def train_step(engine: Engine, calls: Sequence[Call], *, lr: float, stop: bool = False) -> Reduced:

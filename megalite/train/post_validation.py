@@ -11,33 +11,12 @@ section 4; they undo an update by its inverse, which rounds, where a copy is exa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from megalite.core import comm
 from megalite.core.call import Call
 from megalite.train.build import Engine
-from megalite.train.loop import (
-    Reduced,
-    Reducing,
-    begin_reduced,
-    correction_of,
-    count_of,
-    scale_of,
-    update,
-)
-
-
-@dataclass(frozen=True)
-class _Guess:
-    """An update that was made with a scale which may be wrong."""
-
-    found: Reducing
-    scale: Tensor
-    lr: float
-    restore: Callable[[], None]
+from megalite.train.loop import Reduced, forward_backward, update
 
 
 class PostValidation:
@@ -50,47 +29,45 @@ class PostValidation:
 
     def __init__(self, engine: Engine):
         self.engine = engine
-        self.open: _Guess | None = None
+        self.undo: Callable[[], None] | None = None
+        """Takes the last update back, while nobody knows whether it was right."""
         self.guesses = True
         """Whether the next update is guessed: where the last step known was not clipped."""
         self.undone = 0
         """Updates that were taken back."""
 
-    def step(
-        self, calls: Sequence[Call], *, lr: float, stop: bool = False
-    ) -> tuple[Callable[[], Reduced], Tensor]:
-        """As loop.py's `train_step`; gives what waits for the Reduced, and the unmasked tokens."""
+    def step(self, calls: Sequence[Call], *, lr: float, stop: bool = False) -> Reduced:
+        """As loop.py's `train_step`."""
         engine = self.engine
-        counted = comm.all_reduce_start(count_of(engine, calls), engine.mesh.world)
 
         def stands() -> bool:
             right = self.settle()
             engine.zero.begin(len(calls))
             return right
 
-        found = begin_reduced(engine, calls, stop=stop, stands=stands)
-        tokens = counted.wait()
+        self.found, self.lr = forward_backward(engine, calls, stop=stop, stands=stands), lr
         if self.guesses:
-            scale = correction_of(found.expected, tokens)
             engine.mesh.log.doing("optimizer")
-            self.open = _Guess(found, scale, lr, engine.optimizer.snapshot())
-            engine.optimizer.step(lr=lr, scale=scale)
+            self.undo = engine.optimizer.snapshot()
+            engine.optimizer.step(lr=lr, scale=self.found.correction)
         else:
-            reduced = found.finish()
-            update(engine, reduced, lr=lr)
-            self.guesses = torch.equal(scale_of(engine, reduced), reduced.correction)
-        return found.finish, tokens
+            update(engine, self.found, lr=lr)
+            self.guesses = self._is_unclipped()
+        return self.found
 
     def settle(self) -> bool:
         """Wait for the last step's norm, and take the step as that says; False if it was not."""
-        if self.open is None:
+        if self.undo is None:
             return True
-        guess, self.open = self.open, None
         self.engine.mesh.log.doing("validate")
-        scale = scale_of(self.engine, guess.found.finish())
-        self.guesses = torch.equal(scale, guess.scale)
+        undo, self.undo, self.guesses = self.undo, None, self._is_unclipped()
         if not self.guesses:
             self.undone += 1
-            guess.restore()
-            self.engine.optimizer.step(lr=guess.lr, scale=scale)
+            undo()
+            update(self.engine, self.found, lr=self.lr)
         return self.guesses
+
+    def _is_unclipped(self) -> bool:
+        # A NaN is equal to nothing: it counts as clipped, and the update spreads it as any would.
+        scale = self.found.scale(self.engine.config.optim.clip_grad)
+        return torch.equal(scale, self.found.correction)

@@ -10,9 +10,9 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -61,20 +61,6 @@ def pretrain(config: Config, world: World) -> None:
         mesh_module.disconnect()
 
 
-@dataclass(frozen=True)
-class Taken:
-    """A step that has been taken, and what of it is known at once."""
-
-    step: int
-    samples: int
-    tokens: int
-    lr: float
-    seconds: float
-    batch_tokens: int
-    """Those of this step, masked or not."""
-    found: Callable[[], Reduced]
-
-
 class Run:
     """One run on one rank, from its files to its last line."""
 
@@ -99,7 +85,9 @@ class Run:
         check_space(self.out, self.engine.optimizer, self.mesh)
         self.step, self.samples, self.tokens = self._start_point()
         self.late = PostValidation(self.engine) if config.layout.post_validation else None
-        self.untold: list[Taken] = []
+        self.take = self.late.step if self.late else partial(train_step, self.engine)
+        self.untold: list[tuple[int, Reduced, dict[str, Any]]] = []
+        """Steps that are neither written down nor said, with the rest of what is written."""
         self.last_eval: tuple[float, float | None] | None = None
         self.trace = Trace(self.out, self.mesh, config.train.traced)
 
@@ -131,16 +119,14 @@ class Run:
             self.trace.leave(self.step)
             if self.step == train.traced.stop - 1:
                 self._write_trace()
-            last = self.step == train.train_steps
-            evaluates, saves = (
-                _due(self.step, n) for n in (train.eval_interval, train.save_interval)
-            )
-            if self.late is not None and (asked or last or evaluates or saves):
+            last, evaluates = self.step == train.train_steps, _due(self.step, train.eval_interval)
+            saves = asked or last or _due(self.step, train.save_interval)
+            if self.late and (evaluates or saves):
                 self.late.settle()
                 asked |= self._tell(but=0)
             if evaluates:
                 self._evaluate(last=last)
-            if asked or last or saves:
+            if asked or saves:
                 self._save()
                 saved = self.step
             if asked and self.step < train.train_steps:
@@ -158,69 +144,56 @@ class Run:
             print("\n".join(lines), flush=True)
 
     def _one_step(self) -> bool:
-        """Whether to stop: what the last step known says."""
+        """Take a step; whether the last one whose sums are known says to stop."""
         config = self.config
         began = time.monotonic()
         self.mesh.log.doing("data")
         batch = config.batch_at(self.samples)
+        per_step = batch * config.model.seq_len
         lr = self._learning_rate()
         calls = self.loader.step(self.samples, config.num_microbatches(self.world.size, batch))
-        if self.late is None:
-            reduced = train_step(self.engine, calls, lr=lr, stop=self.stop.asked)
-            found, tokens = (lambda: reduced), reduced.tokens
-        else:
-            found, tokens = self.late.step(calls, lr=lr, stop=self.stop.asked)
+        found = self.take(calls, lr=lr, stop=self.stop.asked)
         self.step += 1
         self.samples += batch
-        self.tokens += int(tokens.item())
-        seconds, batch_tokens = time.monotonic() - began, batch * config.model.seq_len
-        taken = Taken(self.step, self.samples, self.tokens, lr, seconds, batch_tokens, found)
-        self.untold.append(taken)
-        return self._tell(but=0 if self.late is None else 1)
+        self.tokens += int(found.tokens.item())
+        seconds = time.monotonic() - began
+        values = {
+            "tokens": self.tokens,
+            "samples": self.samples,
+            "loss": None,
+            "lr": lr,
+            "grad_norm": None,
+            "step_ms": 1000 * seconds,
+            "tokens_per_s": per_step / seconds,
+            "tflops_per_rank": _token_flops(config) * per_step / seconds / self.world.size / 1e12,
+            "mfu": None,
+            "peak_mem_gb": peak_memory_gb(self.device),
+            "loss_scale": None,
+            "skipped": 0,
+        }
+        self.untold.append((self.step, found, values))
+        return self._tell(but=1 if self.late else 0)
 
     def _tell(self, *, but: int) -> bool:
-        """Write and say what is not told yet, but for that many steps; whether one says to stop."""
-        asked = False
+        """Write down and say what is untold, but for that many steps; whether one says to stop."""
+        asked, train = False, self.config.train
         while len(self.untold) > but:
-            taken = self.untold.pop(0)
-            found = taken.found()
-            self._tell_step(taken, found.loss.item(), found.norm.item())
+            step, found, values = self.untold.pop(0)
+            loss, norm = found.loss.item(), found.norm.item()
+            if not (console.is_number(loss) and console.is_number(norm)):
+                raise RunError(
+                    f"step {step}: loss {loss}, gradient norm {norm} (lower --lr, or raise "
+                    "--warmup-steps; earlier checkpoints are intact)"
+                )
+            self.mesh.log.doing("write metrics")
+            if self.metrics is not None:
+                self.metrics.write(step, **{**values, "loss": loss, "grad_norm": norm})
+            if _due(step, train.log_interval) or step in (1, train.train_steps):
+                samples, lr = values["samples"], values["lr"]
+                line = self.progress.line(step, samples=samples, loss=loss, norm=norm, lr=lr)
+                self._say(line)
             asked |= found.stop.item() > 0
         return asked
-
-    def _tell_step(self, taken: Taken, loss: float, norm: float) -> None:
-        config = self.config
-        if not (console.is_number(loss) and console.is_number(norm)):
-            raise RunError(
-                f"step {taken.step}: loss {loss}, gradient norm {norm} (lower --lr, or raise "
-                "--warmup-steps; earlier checkpoints are intact)"
-            )
-        self.mesh.log.doing("write metrics")
-        if self.metrics is not None:
-            per_second = taken.batch_tokens / taken.seconds
-            self.metrics.write(
-                taken.step,
-                tokens=taken.tokens,
-                samples=taken.samples,
-                loss=loss,
-                lr=taken.lr,
-                grad_norm=norm,
-                step_ms=1000 * taken.seconds,
-                tokens_per_s=per_second,
-                tflops_per_rank=_token_flops(config) * per_second / self.world.size / 1e12,
-                mfu=None,
-                peak_mem_gb=peak_memory_gb(self.device),
-                loss_scale=None,
-                skipped=0,
-            )
-        if _due(taken.step, config.train.log_interval) or taken.step in (
-            1,
-            config.train.train_steps,
-        ):
-            line = self.progress.line(
-                taken.step, samples=taken.samples, loss=loss, norm=norm, lr=taken.lr
-            )
-            self._say(line)
 
     def _learning_rate(self) -> float:
         """Of the next step."""

@@ -1,0 +1,89 @@
+"""Steps that do not wait for the gradient norm are those that do, in every bit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import prod
+
+import pytest
+
+from megalite.core.config import Config, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
+
+JOBS = "tests.ranks.post_validation_jobs"
+TIED = ModelConfig(
+    num_layers=4, hidden_size=24, num_heads=4, vocab_size=61, seq_len=12, init_std=0.1
+)
+UNTIED = replace(TIED, tie_embeddings=False, dropout=0.1)
+STEPS = 6
+NEVER, ALWAYS = 0.0, 1e-3
+
+
+def config_of(layout: dict, model: ModelConfig, clip: float, **optim) -> dict:
+    config = Config(
+        model=model,
+        layout=LayoutConfig(**{"schedule": "zb-h2", **layout}),
+        optim=OptimConfig(clip_grad=clip, **optim),
+        train=TrainConfig(micro_batch_size=1, global_batch_size=8),
+    )
+    return config.to_dict()
+
+
+def world_of(layout: dict) -> int:
+    return prod(layout.get(axis, 1) for axis in ("tp", "pp", "cp", "dp"))
+
+
+LAYOUTS = [
+    ({"pp": 2}, UNTIED, {}),
+    ({"pp": 4}, UNTIED, {}),
+    ({"pp": 2, "dp": 2, "zero": 0}, UNTIED, {}),
+    ({"pp": 2, "dp": 2, "zero": 1}, TIED, {}),
+    ({"pp": 2, "dp": 2, "zero": 2}, UNTIED, {"optimizer": "muon"}),
+    ({"pp": 2, "dp": 2, "zero": 3}, UNTIED, {}),
+    ({"pp": 2, "tp": 2, "sequence_parallel": False}, TIED, {}),
+    ({"pp": 2, "schedule": "zb-v", "vpp": 2}, TIED, {}),
+]
+
+
+def name_of(value):
+    return " ".join(f"{k}{v}" for k, v in value.items()) if isinstance(value, dict) else ""
+
+
+@pytest.mark.parametrize("layout, model, optim", LAYOUTS, ids=name_of)
+def test_late_norm_changes_no_bit_however_often_it_clips(layout, model, optim, run_ranks):
+    world = world_of(layout)
+
+    def undone(clip: float) -> int:
+        config = config_of(layout, model, clip, **optim)
+        ranks = run_ranks(f"{JOBS}:both", world, config=config, steps=STEPS)
+        for rank in ranks:
+            assert rank["late"] == rank["barrier"]
+            assert rank["undone"] == ranks[0]["undone"]
+        norms.append(ranks[0]["norms"])
+        return ranks[0]["undone"]
+
+    norms: list[list[float]] = []
+    assert undone(NEVER) == 0
+    # Each step is clipped: the first guess is taken back, and there is no other.
+    assert undone(ALWAYS) == 1
+    between = sorted(norms[0])[STEPS // 2]
+    assert undone(between) >= 1
+    assert min(norms[2]) < between < max(norms[2])
+
+
+@pytest.mark.parametrize("clip, taken_back", [(NEVER, 0), (1e3, 1)])
+def test_nan_on_one_rank_spreads_as_with_the_barrier(clip, taken_back, run_ranks):
+    config = config_of({"pp": 2, "dp": 2}, UNTIED, clip)
+    ranks = run_ranks(f"{JOBS}:both", 4, config=config, steps=4, nan_at=1)
+    for rank in ranks:
+        assert rank["late"] == rank["barrier"]
+        assert rank["undone"] == taken_back
+        assert rank["norms"][0] > 0 and rank["norms"][1] != rank["norms"][1]
+
+
+def test_first_rank_runs_its_warmup_before_the_last_has_given_its_norm(run_ranks, tmp_path):
+    config = config_of({"pp": 4}, UNTIED, NEVER)
+    flag = str(tmp_path / "ahead")
+    actions = run_ranks(f"{JOBS}:run_ahead", 4, config=config, flag=flag)[0]
+    first = actions.index("optimizer")
+    warmup = [f"F{m}@0" for m in range(7)]  # 2 pp - 1
+    assert actions[first + 1 : first + 9] == [*warmup, "validate"]
