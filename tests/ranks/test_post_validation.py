@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
 from math import prod
+from pathlib import Path
 
 import pytest
 
+from megalite.checkpoint import manifest as mf
 from megalite.core.config import Config, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
 
 JOBS = "tests.ranks.post_validation_jobs"
@@ -87,3 +91,51 @@ def test_first_rank_runs_its_warmup_before_the_last_has_given_its_norm(run_ranks
     first = actions.index("optimizer")
     warmup = [f"F{m}@0" for m in range(7)]  # 2 pp - 1
     assert actions[first + 1 : first + 9] == [*warmup, "validate"]
+
+
+TIMED = ("step_ms", "tokens_per_s", "tflops_per_rank", "peak_mem_gb")
+
+
+def test_pretrain_writes_the_same_lines_and_checkpoints(run_ranks, tmp_path):
+    def run(name: str, late: bool, steps: int, resume: bool = False) -> tuple:
+        """What was printed without times, the metrics likewise, and every checkpoint's files."""
+        out = tmp_path / name
+        layout = {"pp": 2, "post_validation": late}
+        config = Config.from_dict(config_of(layout, UNTIED, 2.0, lr=1e-2, lr_decay_by="tokens"))
+        train = replace(
+            config.train, out=str(out), train_steps=steps, save_interval=2, resume=resume,
+            device="cpu", log_interval=1,
+        )  # fmt: skip
+        job = "tests.ranks.pretrain_jobs:train"
+        config = replace(config, train=train, optim=replace(config.optim, lr_decay="constant"))
+        ranks = run_ranks(job, 2, config=config.to_dict())
+        assert [(r["code"], r["err"]) for r in ranks] == [(0, "")] * 2
+        said = re.findall(r"^step .*?lr \S+", ranks[0]["out"], re.MULTILINE)
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        written = [{k: v for k, v in line.items() if k not in TIMED} for line in lines]
+        return said, written, [mf.read(d).files for d in mf.step_dirs(out / "checkpoints")]
+
+    said, written, saved = run("barrier", False, 7)
+    assert len(said) == len(written) == 7 and len(saved) == 4
+    # Both guesses that stand and guesses that do not.
+    assert min(line["grad_norm"] for line in written) < 2.0 < written[0]["grad_norm"]
+    assert run("late", True, 7) == (said, written, saved)
+    first, rest = run("stopped", True, 4), run("stopped", True, 7, resume=True)
+    assert first[0][:3] == said[:3] and rest[0] == said[4:]
+    assert rest[1:] == (written, saved)
+
+
+def test_late_run_that_diverges_ends_as_any(run_ranks, tmp_path):
+    ended = []
+    for late in (False, True):
+        config = Config.from_dict(
+            config_of({"pp": 2, "post_validation": late}, UNTIED, 1.0, lr=1e30)
+        )
+        out = str(tmp_path / str(late))
+        train = replace(config.train, out=out, train_steps=50, device="cpu", log_interval=1)
+        config = replace(config, train=train)
+        found = run_ranks("tests.ranks.pretrain_jobs:train", 2, config=config.to_dict())
+        ended.append([(r["code"], r["err"].replace(out, "OUT")) for r in found])
+        assert len(Path(out, "metrics.jsonl").read_text().splitlines()) < 49
+    assert ended[0] == ended[1]
+    assert ended[0][0][0] != 0 and "lower --lr" in ended[0][0][1]
