@@ -120,9 +120,8 @@ def test_pretrain_writes_the_same_lines_and_checkpoints(run_ranks, tmp_path):
     # Both guesses that stand and guesses that do not.
     assert min(line["grad_norm"] for line in written) < 2.0 < written[0]["grad_norm"]
     assert run("late", True, 7) == (said, written, saved)
-    first, rest = run("stopped", True, 4), run("stopped", True, 7, resume=True)
-    assert first[0][:3] == said[:3] and rest[0] == said[4:]
-    assert rest[1:] == (written, saved)
+    run("stopped", True, 4)
+    assert run("stopped", True, 7, resume=True) == (said[4:], written, saved)
 
 
 def test_late_run_that_diverges_ends_as_any(run_ranks, tmp_path):
@@ -135,7 +134,9 @@ def test_late_run_that_diverges_ends_as_any(run_ranks, tmp_path):
         train = replace(config.train, out=out, train_steps=50, device="cpu", log_interval=1)
         config = replace(config, train=train)
         found = run_ranks("tests.ranks.pretrain_jobs:train", 2, config=config.to_dict())
-        ended.append([(r["code"], r["err"].replace(out, "OUT")) for r in found])
+        # Either rank may be the first to say it.
+        said = "".join(r["err"] for r in found).partition("): ")[2]
+        ended.append(([r["code"] for r in found], said))
         assert len(Path(out, "metrics.jsonl").read_text().splitlines()) < 49
     assert ended[0] == ended[1]
-    assert ended[0][0][0] != 0 and "lower --lr" in ended[0][0][1]
+    assert ended[0][0] == [5, 5] and ended[0][1].count("lower --lr") == 1
