@@ -7,6 +7,8 @@ range. Next: parallel/zero.py for which range that is.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -67,6 +69,24 @@ class Optimizer:
             if master is not None:
                 bucket.weights.copy_(master)
         self.zero.gather_params()
+
+    def snapshot(self) -> Callable[[], None]:
+        """Copies all that `step` changes, gradients too; what it gives puts them back.
+
+        Parameters that are gathered are to be gathered again.
+        """
+        count, kept = self.step_count, []
+        for idx, bucket in enumerate(self.zero.buckets):
+            for tensor in (*self.numbers(idx).values(), bucket.grads):
+                kept.append((tensor, tensor.detach().clone()))
+
+        def restore() -> None:
+            self.zero.settle()  # a gather under way would still send what is overwritten
+            self.step_count = count
+            for tensor, copy in kept:
+                tensor.detach().copy_(copy)
+
+        return restore
 
     def sum_of_squares(self) -> Tensor:
         """Of the reduced gradients this rank counts, in float64: over all ranks, norm squared."""

@@ -70,31 +70,50 @@ class Pipes:
                     self._groups[src, dst] = group
 
     def begin(self, schedule: Schedule, empty: Callable[[Message], Tensor]) -> None:
-        """Start a step: `empty` makes the buffer that a message is received into."""
+        """Start a step: `empty` makes the buffer that a message is received into.
+
+        Nothing comes before it is expected.
+        """
         self._empty = empty
         self._sending: defaultdict[int, deque[_Sending]] = defaultdict(deque)
         self._gone: Counter[int] = Counter()
         """Of the messages to each rank, how many have left for good."""
         self._there = there_by_then(schedule, self.me)
         self._late: dict[int, Late] = {}
-        incoming = {e: m for e, m in edge_order(schedule).items() if e[1] == self.me}
-        self._coming = {src: deque(messages) for (src, _), messages in incoming.items()}
-        self._posted: dict[int, deque[_Posted]] = {src: deque() for src in self._coming}
+        self._coming: dict[int, deque[Message]] = {}
+        self._posted: dict[int, deque[_Posted]] = {}
         self._landed: dict[Message, Tensor] = {}
-        for src in self._coming:
-            self._post(src)
+
+    def expect(self, schedule: Schedule) -> None:
+        """Receive what is sent in this part of the step's schedule, its first or the next."""
+        for (src, dst), messages in edge_order(schedule).items():
+            if dst == self.me:
+                self._coming.setdefault(src, deque()).extend(messages)
+                self._posted.setdefault(src, deque())
+                self._post(src)
 
     def take(self, src: int, message: Message) -> Tensor:
         """The tensor of `message` from that pipeline rank; blocks until it is here."""
         while message not in self._landed:
-            arrived, buffer, work, entry = self._posted[src].popleft()
-            if work is not None:
-                wait_for(work)
-            entry.end()
-            self._landed[arrived] = buffer
-            self._let_go(src, self._there[arrived])
-            self._post(src)
+            self._land(src)
         return self._landed.pop(message)
+
+    def drop(self) -> None:
+        """Receive what is expected and forget it, and wait until everything sent has left."""
+        for src, posted in self._posted.items():
+            while posted:
+                self._land(src)
+        self._landed.clear()
+        self.end()
+
+    def _land(self, src: int) -> None:
+        arrived, buffer, work, entry = self._posted[src].popleft()
+        if work is not None:
+            wait_for(work)
+        entry.end()
+        self._landed[arrived] = buffer
+        self._let_go(src, self._there[arrived])
+        self._post(src)
 
     def send(self, dst: int, tensor: Tensor, sent: Callable[[], None] = lambda: None) -> None:
         """Start to send `tensor`; `sent` is called once its storage is no longer needed."""

@@ -16,7 +16,16 @@ from torch import Tensor
 from megalite.core.call import Call
 from megalite.core.mesh import Mesh
 from megalite.parallel.p2p import Pipes, free_storage
-from megalite.schedule.action import Action, Message, Op, Schedule, forward_only, received, sent
+from megalite.schedule.action import (
+    Action,
+    Message,
+    Op,
+    Schedule,
+    at_first_backward,
+    forward_only,
+    received,
+    sent,
+)
 
 # r rows of the residual stream on this rank, b micro batch, h hidden
 
@@ -70,15 +79,18 @@ class Pipeline:
         """Whether the last stage lives on this rank."""
         return self.last in self.stages
 
-    def run(self, calls: Sequence[Call], *, seed: Tensor) -> Tensor:
+    def run(
+        self, calls: Sequence[Call], *, seed: Tensor, stands: Callable[[], bool] | None = None
+    ) -> Tensor:
         """Forward and backward of one step's microbatches; gradients are added up in `.grad`.
 
         `seed` (scalar) is what the loss sum's gradient starts from. Gives the loss sum of this
         rank's microbatches, zero where the last stage is elsewhere. All ranks of the mesh call it
-        together.
+        together. `stands` is asked when this rank is about to begin its first backward: unless its
+        forwards so far stand, on all ranks alike, all run theirs again.
         """
         self.seed = seed
-        losses = self._walk(self.schedule_for(len(calls)), calls)
+        losses = self._walk(self.schedule_for(len(calls)), calls, stands)
         return (
             torch.stack(losses).sum()
             if losses
@@ -90,23 +102,44 @@ class Pipeline:
         """Forward alone: what the last stage gave for each call, nothing where it is elsewhere."""
         return self._walk(forward_only(self.schedule_for(len(calls))), calls)
 
-    def _walk(self, schedule: Schedule, calls: Sequence[Call]) -> list[Tensor]:
+    def _walk(
+        self,
+        schedule: Schedule,
+        calls: Sequence[Call],
+        stands: Callable[[], bool] | None = None,
+    ) -> list[Tensor]:
+        self._begin(schedule, calls)
+        rest = schedule
+        if stands is not None:
+            warmup, rest = at_first_backward(schedule)
+            self._do(warmup)
+            if not stands():
+                self.mesh.log.doing("forwards again")
+                self.pipes.drop()
+                self._begin(schedule, calls)
+                self._do(warmup)
+        self._do(rest)
+        self.mesh.log.doing("send the rest")
+        self.pipes.end()
+        assert not self.kept and not self.at_hand and not any(self.later.values())
+        return [self.results[m] for m in sorted(self.results)]
+
+    def _begin(self, schedule: Schedule, calls: Sequence[Call]) -> None:
         self.schedule, self.calls, self.split = schedule, calls, schedule.splits_backward
         self.later: dict[tuple[int, int], list[Callable[[], None]]] = {}
         self.kept: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
         self.at_hand: dict[Message, Tensor] = {}
         self.results: dict[int, Tensor] = {}
         self.pipes.begin(schedule, self._buffer)
+
+    def _do(self, schedule: Schedule) -> None:
+        self.pipes.expect(schedule)
         log = self.mesh.log
         for action in schedule.actions[self.mesh.coords["pp"]]:
             log.doing("wait", action)
             given = self._take(action)
             log.doing("act", action)
             self._run[action.op](action, given)
-        log.doing("send the rest")
-        self.pipes.end()
-        assert not self.kept and not self.at_hand and not any(self.later.values())
-        return [self.results[m] for m in sorted(self.results)]
 
     def _forward(self, action: Action, x: Tensor | None) -> None:
         _, stage, microbatch = action

@@ -197,6 +197,28 @@ def forward_only(schedule: Schedule) -> Schedule:
     return dataclasses.replace(schedule, actions=kept)
 
 
+def at_first_backward(schedule: Schedule) -> tuple[Schedule, Schedule]:
+    """The schedule in two: each rank's forwards before all else that it does, and what follows.
+
+    The first part waits for nothing of the second; it may send what is taken there alone.
+    """
+    ranks = schedule.actions
+    cuts = [next((i for i, a in enumerate(r) if a.op is not _F), len(r)) for r in ranks]
+    before: list[int] = []
+    while cuts != before:
+        before = cuts
+        first = {a for rank, cut in zip(ranks, cuts, strict=True) for a in rank[:cut]}
+        cuts = [
+            next(
+                (i for i, a in enumerate(r[:cut]) if not first.issuperset(needs(a, schedule))), cut
+            )
+            for r, cut in zip(ranks, cuts, strict=True)
+        ]
+    head = tuple(rank[:cut] for rank, cut in zip(ranks, cuts, strict=True))
+    tail = tuple(rank[cut:] for rank, cut in zip(ranks, cuts, strict=True))
+    return dataclasses.replace(schedule, actions=head), dataclasses.replace(schedule, actions=tail)
+
+
 def first_microbatches(schedule: Schedule, num_microbatches: int) -> Schedule:
     """The same schedule with its first microbatches alone.
 

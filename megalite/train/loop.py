@@ -8,7 +8,7 @@ or where padding falls.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,56 +23,92 @@ CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ adds the same
 
 @dataclass(frozen=True)
 class Reduced:
-    """What one forward and backward over the global batch found: scalars, alike on every rank."""
+    """What one forward and backward over the global batch found: scalars, alike on every rank.
 
-    loss: Tensor
-    """Mean over unmasked tokens."""
-    tokens: Tensor
-    """Unmasked tokens."""
-    norm: Tensor
-    """Of the gradient of that mean."""
-    correction: Tensor
-    """What the gradients in the buckets are to be multiplied with to be those of the mean."""
-    stop: Tensor
-    """Above 0 where some rank was asked to stop."""
+    Who reads one waits for the sum over all ranks that it is made of.
+    """
+
+    expected: int
+    """Tokens of the step, masked or not."""
+    sums: comm.Pending
+    """Of squares, losses, unmasked tokens, and ranks that were asked to stop."""
+    counted: comm.Pending | None = None
+    """Of unmasked tokens, where that sum does not wait for the others."""
+
+    @property
+    def tokens(self) -> Tensor:
+        """Unmasked tokens."""
+        return self.sums.wait()[2] if self.counted is None else self.counted.wait()
+
+    @property
+    def loss(self) -> Tensor:
+        """Mean over unmasked tokens."""
+        return self.sums.wait()[1] / self.tokens.clamp(min=1)
+
+    @property
+    def norm(self) -> Tensor:
+        """Of the gradient of that mean."""
+        return self.correction * self.sums.wait()[0].sqrt()
+
+    @property
+    def correction(self) -> Tensor:
+        """What the gradients in the buckets are to be multiplied with to be those of the mean."""
+        return self.expected / self.tokens.clamp(min=1)
+
+    @property
+    def stop(self) -> Tensor:
+        """Above 0 where some rank was asked to stop."""
+        return self.sums.wait()[3]
+
+    def scale(self, clip: float) -> Tensor:
+        """The correction, and what clips the norm to `clip` (0: nothing does)."""
+        if clip > 0:
+            return self.correction * (clip / (self.norm + CLIP_EPS)).clamp(max=1.0)
+        return self.correction
 
 
-def forward_backward(engine: Engine, calls: Sequence[Call], *, stop: bool = False) -> Reduced:
-    """Run one step's microbatches: reduced gradients are then in the buckets. All ranks call it."""
+def forward_backward(
+    engine: Engine,
+    calls: Sequence[Call],
+    *,
+    stop: bool = False,
+    stands: Callable[[], bool] | None = None,
+) -> Reduced:
+    """Run one step's microbatches: reduced gradients are then in the buckets. All ranks call it.
+
+    `stands`, if given, is for `Pipeline.run`, and clears the gradients.
+    """
     train, dp = engine.config.train, engine.mesh.axis("dp")
     expected = len(calls) * train.micro_batch_size * dp.size * engine.config.model.seq_len
     seed = torch.tensor(1.0 / expected, dtype=_wide(engine.dtype), device=engine.device)
     log = engine.mesh.log
-    log.doing("clear gradients")
-    engine.zero.begin(len(calls))
-    loss = engine.pipeline.run(calls, seed=seed)
+    count = torch.zeros((), dtype=torch.float64, device=engine.device)
+    if engine.counts_loss:
+        count += torch.stack([(c.labels >= 0).sum() for c in calls if c.labels is not None]).sum()
+    early = None
+    if stands is None:
+        log.doing("clear gradients")
+        engine.zero.begin(len(calls))
+    else:
+        early = comm.all_reduce_start(count.clone(), engine.mesh.world)
+    loss = engine.pipeline.run(calls, seed=seed, stands=stands)
     log.doing("finish reductions")
     engine.zero.finish()
     log.doing("gradient norm")
-    counted = loss.new_zeros((), dtype=torch.float64)
-    if engine.counts_loss:
-        counted = torch.stack([(c.labels >= 0).sum() for c in calls if c.labels is not None]).sum()
     mine = torch.stack(
         (
             engine.optimizer.sum_of_squares(),
             loss.double() * engine.counts_loss,
-            counted.double(),
-            counted.new_tensor(float(stop), dtype=torch.float64),
+            count,
+            count.new_tensor(float(stop)),
         )
     )
-    squares, loss_sum, tokens, stops = comm.all_reduce(mine, engine.mesh.world)
-    correction = expected / tokens.clamp(min=1)
-    return Reduced(
-        loss_sum / tokens.clamp(min=1), tokens, correction * squares.sqrt(), correction, stops
-    )
+    return Reduced(expected, comm.all_reduce_start(mine, engine.mesh.world), early)
 
 
 def update(engine: Engine, found: Reduced, *, lr: float) -> None:
     """Clip, and let the optimizer take its step."""
-    clip = engine.config.optim.clip_grad
-    scale = found.correction
-    if clip > 0:
-        scale = scale * (clip / (found.norm + CLIP_EPS)).clamp(max=1.0)
+    scale = found.scale(engine.config.optim.clip_grad)
     engine.mesh.log.doing("optimizer")
     engine.optimizer.step(lr=lr, scale=scale)
 

@@ -10,7 +10,9 @@ import json
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,6 +44,7 @@ from megalite.train.loop import Reduced, train_step
 from megalite.train.metrics import Metrics, peak_memory_gb
 from megalite.train.own_files import as_tree, changed_files, check_own_code, own_files
 from megalite.train.pictures import draw_loss, draw_schedule, timeline
+from megalite.train.post_validation import PostValidation
 from megalite.train.trace import Trace
 
 SAMPLE_TOKENS = 40
@@ -82,6 +85,10 @@ class Run:
         check_space(self.out, self.engine.optimizer, self.mesh)
         self.step, self.samples, self.tokens = self._start_point()
         self.evaluated_at: int | None = None
+        self.late = PostValidation(self.engine) if config.layout.post_validation else None
+        self.take = self.late.step if self.late else partial(train_step, self.engine)
+        self.untold: list[tuple[int, Reduced, dict[str, Any]]] = []
+        """Steps that are neither written down nor said, with the rest of what is written."""
         self.trace = Trace(self.out, self.mesh, config.train.traced)
 
     def train(self) -> None:
@@ -103,28 +110,23 @@ class Run:
             self._say(f"resumed at step {self.step} from {self.out}/checkpoints")
             if 0 < train.traced.stop <= self.step + 1:
                 self._say(f"megalite: warning: --trace-steps {train.trace_steps}: taken before")
-        progress = console.Progress(config, self.step, self.samples)
+        self.progress = console.Progress(config, self.step, self.samples)
         began = time.monotonic()
         saved = self.step
         while self.step < train.train_steps:
             self.trace.enter(self.step + 1)
-            found, lr = self._one_step()
+            asked = self._one_step()
             self.trace.leave(self.step)
             if self.step == train.traced.stop - 1:
                 self._write_trace()
-            if self.step % train.log_interval == 0 or self.step in (1, train.train_steps):
-                line = progress.line(
-                    self.step,
-                    samples=self.samples,
-                    loss=found.loss.item(),
-                    norm=found.norm.item(),
-                    lr=lr,
-                )
-                self._say(line)
-            if train.eval_interval and self.step % train.eval_interval == 0:
-                self._evaluate(last=self.step == train.train_steps)
-            asked = found.stop.item() > 0
-            if asked or self.step == train.train_steps or _due(self.step, train.save_interval):
+            last, evaluates = self.step == train.train_steps, _due(self.step, train.eval_interval)
+            saves = asked or last or _due(self.step, train.save_interval)
+            if self.late and (evaluates or saves):
+                self.late.settle()
+                asked |= self._tell(but=0)
+            if evaluates:
+                self._evaluate(last=last)
+            if asked or saves:
                 self._save()
                 saved = self.step
             if asked and self.step < train.train_steps:
@@ -141,7 +143,8 @@ class Run:
         if self._is_first:
             print("\n".join(lines), flush=True)
 
-    def _one_step(self) -> tuple[Reduced, float]:
+    def _one_step(self) -> bool:
+        """Take a step; whether the last one whose sums are known says to stop."""
         config = self.config
         began = time.monotonic()
         self.mesh.log.doing("data")
@@ -149,35 +152,48 @@ class Run:
         per_step = batch * config.model.seq_len
         lr = self._learning_rate()
         calls = self.loader.step(self.samples, config.num_microbatches(self.world.size, batch))
-        found = train_step(self.engine, calls, lr=lr, stop=self.stop.asked)
-        loss, norm = found.loss.item(), found.norm.item()
-        if not (console.is_number(loss) and console.is_number(norm)):
-            raise RunError(
-                f"step {self.step + 1}: loss {loss}, gradient norm {norm} (lower --lr, or raise "
-                "--warmup-steps; earlier checkpoints are intact)"
-            )
+        found = self.take(calls, lr=lr, stop=self.stop.asked)
         self.step += 1
         self.samples += batch
         self.tokens += int(found.tokens.item())
-        self.mesh.log.doing("write metrics")
-        if self.metrics is not None:
-            seconds = time.monotonic() - began
-            self.metrics.write(
-                self.step,
-                tokens=self.tokens,
-                samples=self.samples,
-                loss=loss,
-                lr=lr,
-                grad_norm=norm,
-                step_ms=1000 * seconds,
-                tokens_per_s=per_step / seconds,
-                tflops_per_rank=_token_flops(config) * per_step / seconds / self.world.size / 1e12,
-                mfu=None,
-                peak_mem_gb=peak_memory_gb(self.device),
-                loss_scale=None,
-                skipped=0,
-            )
-        return found, lr
+        seconds = time.monotonic() - began
+        values = {
+            "tokens": self.tokens,
+            "samples": self.samples,
+            "loss": None,
+            "lr": lr,
+            "grad_norm": None,
+            "step_ms": 1000 * seconds,
+            "tokens_per_s": per_step / seconds,
+            "tflops_per_rank": _token_flops(config) * per_step / seconds / self.world.size / 1e12,
+            "mfu": None,
+            "peak_mem_gb": peak_memory_gb(self.device),
+            "loss_scale": None,
+            "skipped": 0,
+        }
+        self.untold.append((self.step, found, values))
+        return self._tell(but=1 if self.late else 0)
+
+    def _tell(self, *, but: int) -> bool:
+        """Write down and say what is untold, but for that many steps; whether one says to stop."""
+        asked, train = False, self.config.train
+        while len(self.untold) > but:
+            step, found, values = self.untold.pop(0)
+            loss, norm = found.loss.item(), found.norm.item()
+            if not (console.is_number(loss) and console.is_number(norm)):
+                raise RunError(
+                    f"step {step}: loss {loss}, gradient norm {norm} (lower --lr, or raise "
+                    "--warmup-steps; earlier checkpoints are intact)"
+                )
+            self.mesh.log.doing("write metrics")
+            if self.metrics is not None:
+                self.metrics.write(step, **{**values, "loss": loss, "grad_norm": norm})
+            if _due(step, train.log_interval) or step in (1, train.train_steps):
+                samples, lr = values["samples"], values["lr"]
+                line = self.progress.line(step, samples=samples, loss=loss, norm=norm, lr=lr)
+                self._say(line)
+            asked |= found.stop.item() > 0
+        return asked
 
     def _learning_rate(self) -> float:
         """Of the next step."""

@@ -46,6 +46,7 @@ RESUMED = [
     ({"cp": 2, "dp": 2}, MODEL, {}),
     ({"tp": 2, "pp": 2, "dp": 2}, MODEL, {}),
     ({"tp": 2, "dp": 2}, MODEL, {"optimizer": "muon"}),
+    ({"pp": 2, "dp": 2, "zero": 2, "schedule": "zb-h2", "post_validation": True}, DROPOUT, {}),
     # Batches of 2 for six steps, of 3 for four and on into the part after the stop, then of 4.
     ({}, MODEL, {"rampup_batch_size": (2, 1, 24)}),
 ]
