@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from megalite.core import rng
+from megalite.core import matmul, rng
 from megalite.core.mesh import Axis
 from megalite.core.shard import Shard, slices
 
@@ -129,11 +129,7 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def add_weight_grad(weight: nn.Parameter, dy: Tensor, x: Tensor) -> None:
     """Add dy^T x, from [t, d_out] and [t, d_in], to `weight.grad`, and count it as landed."""
-    grad = grad_of(weight)
-    if grad.dtype == dy.dtype:
-        grad.addmm_(dy.t(), x)
-    else:
-        grad.add_(dy.t() @ x)
+    matmul.add_product(grad_of(weight), dy, x)
     landed(weight)
 
 

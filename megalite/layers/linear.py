@@ -13,10 +13,9 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megalite.core import comm, shard
+from megalite.core import comm, matmul, shard
 from megalite.core.call import Call
 from megalite.core.mesh import Axis
 from megalite.core.params import (
@@ -35,27 +34,21 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _gathered_product(
-    x: Tensor, matrix: Tensor, seq_cut: Axis, bias: Tensor | None = None
+    x: Tensor, weight: Tensor, seq_cut: Axis, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`x` [s/tp, b, i] gathered along s, and that times `matrix` [i, o]: [s, b, i], [s, b, o].
+    """`x` [s/tp, b, i] gathered along s, and that times `weight` [o, i]: [s, b, i], [s, b, o].
 
     My own rows are multiplied while the others are on their way.
     """
     coming = comm.all_gather_start(x, seq_cut)
-    product = x.new_empty((seq_cut.size * x.shape[0], *x.shape[1:-1], matrix.shape[1]))
+    product = x.new_empty((seq_cut.size * x.shape[0], *x.shape[1:-1], weight.shape[0]))
     start, stop = seq_cut.idx * x.shape[0], (seq_cut.idx + 1) * x.shape[0]
 
-    def multiply(rows: Tensor, out: Tensor) -> None:
-        if bias is None:
-            torch.mm(_rows(rows), matrix, out=_rows(out))
-        else:
-            torch.addmm(bias, _rows(rows), matrix, out=_rows(out))
-
-    multiply(x, product[start:stop])
+    matmul.linear_into(_rows(product[start:stop]), _rows(x), weight, bias)
     full = coming.wait()
     for others in (slice(0, start), slice(stop, full.shape[0])):
         if others.start < others.stop:
-            multiply(full[others], product[others])
+            matmul.linear_into(_rows(product[others]), _rows(full[others]), weight, bias)
     return full, product
 
 
@@ -89,8 +82,8 @@ class _Column(torch.autograd.Function):
         ctx.params, ctx.tp, ctx.seq_cut, ctx.later = params, tp, seq_cut, later
         weight, bias = params
         if seq_cut is None:
-            return F.linear(x, weight, bias)  # [s, b, o/tp]
-        return _gathered_product(x, weight.t(), seq_cut, bias)[1]  # from [s/tp, b, i]
+            return matmul.linear(x, weight, bias)  # [s, b, o/tp]
+        return _gathered_product(x, weight, seq_cut, bias)[1]  # from [s/tp, b, i]
 
     @staticmethod
     def backward(ctx, dy):
@@ -98,7 +91,7 @@ class _Column(torch.autograd.Function):
         weight, bias = ctx.params
         cut = ctx.seq_cut
         gathering = comm.all_gather_start(x, cut) if cut else None
-        dx = dy @ weight
+        dx = matmul.linear(dy, weight.t())
         summing = comm.reduce_scatter_start(dx, cut) if cut else comm.all_reduce_start(dx, ctx.tp)
         _bias_grad(bias, dy)
         _weight_grad(weight, dy, gathering.wait() if gathering else x, ctx.later)
@@ -111,7 +104,7 @@ class _Row(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.params, ctx.seq_cut, ctx.later = params, seq_cut, later
         weight, bias = params
-        y = F.linear(x, weight)  # [s, b, o], partial over tp
+        y = matmul.linear(x, weight)  # [s, b, o], partial over tp
         y = comm.reduce_scatter(y, seq_cut) if seq_cut else comm.all_reduce(y, tp)
         return y if bias is None else y.add_(bias)
 
@@ -121,7 +114,11 @@ class _Row(torch.autograd.Function):
         weight, bias = ctx.params
         _bias_grad(bias, dy)
         dy = dy.contiguous()
-        full, dx = _gathered_product(dy, weight, ctx.seq_cut) if ctx.seq_cut else (dy, dy @ weight)
+        matrix = weight.t()
+        if ctx.seq_cut:
+            full, dx = _gathered_product(dy, matrix, ctx.seq_cut)
+        else:
+            full, dx = dy, matmul.linear(dy, matrix)
         _weight_grad(weight, full, x, ctx.later)
         return dx, None, None, None, None
 

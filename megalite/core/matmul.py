@@ -1,0 +1,69 @@
+"""The products of a linear, forward and backward, by the faster of torch's two CPU libraries.
+
+torch multiplies float32 matrices on CPU by MKL, which takes its slower kernels on a processor that
+is not Intel's: half the speed of oneDNN's there (docs/peers.md has figures). oneDNN is in torch,
+too, behind an operator that torch's own compiler calls. Any other dtype or device, and a product
+too small to pay for its start, goes the usual way. Both compute the same up to rounding.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# t tokens, i inputs, o outputs
+
+ENOUGH = 1 << 21
+"""Multiplications of a product from which oneDNN's kernels pay for their start."""
+ENOUGH_TERMS = 64
+"""Of each sum, likewise: a weight gradient over fewer tokens is mostly copying."""
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """[..., i] times [o, i] transposed, plus [o]: [..., o]. No gradient is recorded."""
+    if _by_onednn(x, weight):
+        y = _onednn(x.flatten(0, -2), weight, bias)
+        # Not a view, as from F.linear: a loss may write into the logits that a Function gave it.
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
+    return F.linear(x, weight, bias)
+
+
+def linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    """`linear` of [t, i], written into `out` [t, o]."""
+    if _by_onednn(x, weight):
+        out.copy_(_onednn(x, weight, bias))
+    elif bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
+
+
+def add_product(total: Tensor, dy: Tensor, x: Tensor) -> None:
+    """Add dy^T x, from [t, o] and [t, i], to `total` [o, i], which may be of a wider dtype."""
+    if _by_onednn(x.t(), dy.t()):
+        # The first of the two is copied to lie in rows: the smaller one.
+        narrow = x.shape[1] < dy.shape[1]
+        total.add_(_onednn(x.t(), dy.t()).t() if narrow else _onednn(dy.t(), x.t()))
+    elif total.dtype == dy.dtype:
+        total.addmm_(dy.t(), x)
+    else:
+        total.add_(dy.t() @ x)
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+    if x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32:
+        return False
+    enough = x.shape[-1] >= ENOUGH_TERMS and x.numel() * weight.shape[0] >= ENOUGH
+    return enough and bool(torch.backends.mkldnn.enabled) and _has_onednn()
+
+
+@functools.cache
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
