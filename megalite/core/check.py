@@ -310,6 +310,8 @@ def _check_stages(config: Config) -> None:
         raise UserError(f"--vpp {lay.vpp}: needs --schedule {names} (got {lay.schedule})")
     if lay.vpp > 1 and lay.pp == 1:
         raise UserError(f"--vpp {lay.vpp}: needs --pp above 1 (got 1)")
+    if lay.post_validation and lay.pp == 1:
+        raise UserError("--post-validation: needs --pp above 1 (got 1: no rank waits for another)")
     stages = lay.pp * lay.vpp
     if stages > layers:
         # Only a vpp that fits some pp above 1 leaves a pp to name.

@@ -123,8 +123,8 @@ class LayoutConfig:
     schedule: str = "1f1b"
     """Pipeline order: gpipe, 1f1b, interleaved, zb-h1, zb-h2, zb-v, FILE.py:NAME or FILE.csv."""
     post_validation: bool = False
-    """Step before the gradient norm is known, as if nothing were clipped, and take the step back
-    where it was: the next step's first forwards do not wait for all ranks. For zb-h2."""
+    """Update before the gradient norm is known, as if it were not clipped, and take that back where
+    it is: the next step's first forwards do not wait for all ranks. For zb-h2."""
     pp_layers: tuple[int, ...] | None = None
     """Layers of each stage, as 3,3,2,2 (None: balanced, with embedding and head counted)."""
     zero: int = 1

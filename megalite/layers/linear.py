@@ -53,7 +53,8 @@ def _gathered_product(
 
 
 def _weight_grad(weight: nn.Parameter, dy: Tensor, x: Tensor, later: list | None) -> None:
-    job = partial(add_weight_grad, weight, _rows(dy), _rows(x))
+    # Detached: what is left for W would hold the graph that holds it, until a garbage collection.
+    job = partial(add_weight_grad, weight, _rows(dy), _rows(x.detach()))
     if later is None:
         job()
     else:

@@ -169,8 +169,9 @@ class Pipeline:
     @torch.no_grad()
     def _weights(self, action: Action, nothing: None) -> None:
         self.enter(action.microbatch)
-        for job in self.later.pop((action.stage, action.microbatch)):
-            job()
+        jobs = self.later.pop((action.stage, action.microbatch))
+        while jobs:
+            jobs.pop(0)()  # and let go of what it holds
 
     def _reduce(self, action: Action, nothing: None) -> None:
         self.reduce(action.stage)

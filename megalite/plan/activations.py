@@ -157,17 +157,27 @@ class LayerBytes:
         The loss turns logits into their gradient in place; a soft cap has two copies more.
         """
         copies = 3 if self.model.logit_soft_cap is not None else 1
-        logits = self.rows * -(-self.model.vocab_size // self.layout.tp) * self.size * copies
         gathered = self.full if self.cut else 0.0
-        return self.stream + self.norm.both + logits + gathered + self.full
+        return self.stream + self.norm.both + self.logits * copies + gathered + self.full
+
+    @property
+    def logits(self) -> float:
+        """Of the vocabulary here."""
+        return self.rows * -(-self.model.vocab_size // self.layout.tp) * self.size
 
 
-def stage_activations(layer: LayerBytes, *, layers: int, last: bool) -> tuple[float, float]:
-    """What a stage of that many layers keeps of a microbatch, and the most it holds beside it."""
+def stage_activations(
+    layer: LayerBytes, *, layers: int, last: bool, split: bool
+) -> tuple[float, float]:
+    """What a stage of that many layers keeps of a microbatch, and the most it holds beside it.
+
+    A `split` backward keeps the gradient of the logits, too, from I to W.
+    """
     how, asked = layer.layout.recompute, layer.layout.recompute_layers
     again = 0 if how == "none" else layers if asked is None else min(asked, layers)
     plain = layers - again
     kept = again * layer.kept(how) + plain * layer.kept("none")
+    kept += layer.logits if last and split else 0.0
     moments = [layer.head() if last else 0.0]
     if plain:
         moments.append(layer.working("none"))

@@ -24,7 +24,7 @@ from megalite.parallel.buckets import FlatLayout, plan
 from megalite.parallel.p2p import AHEAD
 from megalite.parallel.zero import LANES, units_of
 from megalite.plan.activations import LOOKUP_BYTES, TOKEN_BYTES, LayerBytes, stage_activations
-from megalite.schedule.action import Schedule, edge_order
+from megalite.schedule.action import Schedule, at_first_backward, edge_order
 from megalite.schedule.simulate import peak_live
 from megalite.train.build import BUCKET_MB, mesh_factors, mesh_sizes, schedule_maker
 from megalite.train.own_files import attention_of
@@ -45,7 +45,8 @@ class StageMemory:
     """What the microbatches under way keep for their backward."""
     working: int
     """The most that is held beside it: the head with its logits or a layer's backward, and what
-    comes from other stages; or, if that is more, a reduction's second copy."""
+    comes from other stages; or, if that is more, a reduction's second copy, or the copy of what
+    --post-validation may have to undo."""
 
     @property
     def total(self) -> int:
@@ -80,6 +81,11 @@ def stage_memory(config: Config, world_size: int, pp_idx: int, dtype: torch.dtyp
     if zero >= 1 and ways > 1 and _on_cpu(config, dtype):
         layer = LayerBytes(config, dtype, on_cpu=True).kept(config.layout.recompute)
         working = _with_copies([flat for flat, _ in buckets], zero, working, activations, layer)
+    if config.layout.post_validation:
+        # Weights, states and gradients as they were, until the first forwards of a step are done.
+        copy = (states + (1 if masters else 2) * size) // cut[1] * wide
+        first = len(at_first_backward(schedule)[0].actions[pp_idx]) / peak_live(schedule)[pp_idx]
+        working = max(working, copy - (1 - first) * activations)
     return StageMemory(
         pp=pp_idx,
         layers=sum(mine.values()),
@@ -135,7 +141,10 @@ def _moving(
     """What the microbatches under way keep, and the most that is held beside it."""
     layer = LayerBytes(config, dtype, on_cpu=_on_cpu(config, dtype))
     last = schedule.num_stages - 1
-    stages = [stage_activations(layer, layers=n, last=s == last) for s, n in mine.items()]
+    split = schedule.splits_backward
+    stages = [
+        stage_activations(layer, layers=n, last=s == last, split=split) for s, n in mine.items()
+    ]
     live = peak_live(schedule)[pp_idx] / len(mine)
     kept = live * sum(kept for kept, _ in stages)
     kept += layer.rows * TOKEN_BYTES * schedule.num_microbatches

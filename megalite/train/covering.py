@@ -47,6 +47,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "pp": (1, 2, 3, 4),
     "vpp": (1, 2, 3),
     "schedule": tuple(sorted(SCHEDULES, key=lambda name: name != "1f1b")),
+    "post_validation": (False, True),
     "uneven": (False, True),
     "cp": (1, 2, 3),
     "cp_form": ("ring", "gather", "ulysses"),

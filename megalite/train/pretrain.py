@@ -10,7 +10,6 @@ import json
 import os
 import signal
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +39,11 @@ from megalite.train.build import (
 from megalite.train.data import find_tokenizer, open_data
 from megalite.train.evaluate import HeldOut, evaluate, held_out, sample
 from megalite.train.failure import Stop, Stopped, failures_told, forget_cause
-from megalite.train.loop import Reduced, train_step
+from megalite.train.loop import Reduced
 from megalite.train.metrics import Metrics, peak_memory_gb
 from megalite.train.own_files import as_tree, changed_files, check_own_code, own_files
 from megalite.train.pictures import draw_loss, draw_schedule, timeline
-from megalite.train.post_validation import PostValidation
+from megalite.train.steps import Steps
 from megalite.train.trace import Trace
 
 SAMPLE_TOKENS = 40
@@ -85,8 +84,7 @@ class Run:
         check_space(self.out, self.engine.optimizer, self.mesh)
         self.step, self.samples, self.tokens = self._start_point()
         self.evaluated_at: int | None = None
-        self.late = PostValidation(self.engine) if config.layout.post_validation else None
-        self.take = self.late.step if self.late else partial(train_step, self.engine)
+        self.steps = Steps(self.engine)
         self.untold: list[tuple[int, Reduced, dict[str, Any]]] = []
         """Steps that are neither written down nor said, with the rest of what is written."""
         self.trace = Trace(self.out, self.mesh, config.train.traced)
@@ -121,8 +119,8 @@ class Run:
                 self._write_trace()
             last, evaluates = self.step == train.train_steps, _due(self.step, train.eval_interval)
             saves = asked or last or _due(self.step, train.save_interval)
-            if self.late and (evaluates or saves):
-                self.late.settle()
+            if evaluates or saves:
+                self.steps.settle()
                 asked |= self._tell(but=0)
             if evaluates:
                 self._evaluate(last=last)
@@ -152,7 +150,7 @@ class Run:
         per_step = batch * config.model.seq_len
         lr = self._learning_rate()
         calls = self.loader.step(self.samples, config.num_microbatches(self.world.size, batch))
-        found = self.take(calls, lr=lr, stop=self.stop.asked)
+        found = self.steps.take(calls, lr=lr, stop=self.stop.asked)
         self.step += 1
         self.samples += batch
         self.tokens += int(found.tokens.item())
@@ -172,7 +170,7 @@ class Run:
             "skipped": 0,
         }
         self.untold.append((self.step, found, values))
-        return self._tell(but=1 if self.late else 0)
+        return self._tell(but=1 if self.steps.late else 0)
 
     def _tell(self, *, but: int) -> bool:
         """Write down and say what is untold, but for that many steps; whether one says to stop."""

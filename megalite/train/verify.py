@@ -33,6 +33,7 @@ from megalite.data.loader import Synthetic
 from megalite.train.build import DTYPES, Engine, build_engine, mesh_factors, mesh_sizes
 from megalite.train.exact import exact_sums
 from megalite.train.loop import Reduced, forward_backward, update
+from megalite.train.steps import Steps
 
 # s sequence, b micro batch
 
@@ -264,14 +265,16 @@ def compare(
     findings = Findings(bounds or TOL[precision], later or {})
     with engine.zero.whole_params():
         _compare_weights(engine, 0, "init", want, findings)
-    owned = 0
+    owned, taken = 0, Steps(engine)
     for step in range(steps):
-        owned += _compare_step(engine, step, calls_of(engine, step, varying, blank), want, findings)
+        calls = calls_of(engine, step, varying, blank)
+        owned += _compare_step(taken, step, calls, want, findings, last=step == steps - 1)
     if save_to:
         save_after(engine, steps, Path(save_to))
     if go_on_from:
         _load(engine, Path(go_on_from))
-        _compare_step(engine, steps, calls_of(engine, steps, varying, blank), want, findings)
+        calls = calls_of(engine, steps, varying, blank)
+        _compare_step(taken, steps, calls, want, findings, last=True)
     return {
         "worst": {kind: asdict(gap) for kind, gap in findings.worst.items()},
         "first": asdict(findings.first) if findings.first else None,
@@ -282,17 +285,24 @@ def compare(
 
 
 def _compare_step(
-    engine: Engine, step: int, calls: list[Call], want: dict, findings: Findings
+    steps: Steps, step: int, calls: list[Call], want: dict, findings: Findings, *, last: bool
 ) -> int:
-    """Take a step and compare all of it; gives how many numbers of the gradients were counted."""
-    found = forward_backward(engine, calls)
+    """Take a step and compare all of it; gives how many numbers of the gradients were counted.
+
+    The weights of a step that is settled late are compared after the last alone: those before it
+    show in what follows, and to look at them would be to wait.
+    """
+    engine = steps.engine
+    found = steps.forward_backward(calls)
     _compare_scalars(found, step, want, findings)
     zero = engine.zero
     assert zero.all_landed(len(calls)), zero.landed
     owned = _compare_grads(engine, step, found.correction, want, findings)
-    update(engine, found, lr=engine.config.optim.lr)
-    with engine.zero.whole_params():
-        _compare_weights(engine, step, f"{step}/weights", want, findings)
+    steps.update(found, lr=engine.config.optim.lr)
+    if last or not steps.late:
+        steps.settle()
+        with engine.zero.whole_params():
+            _compare_weights(engine, step, f"{step}/weights", want, findings)
     return owned
 
 

@@ -9,7 +9,7 @@ import torch
 from megalite.core.config import Config
 from megalite.core.mesh import Mesh
 from megalite.train.build import build_engine, mesh_sizes
-from megalite.train.loop import train_step
+from megalite.train.steps import Steps
 from tests.live_bytes import LiveBytes
 from tests.ranks.jobs import CPU, calls_of
 
@@ -20,12 +20,13 @@ def peak(rank: int, world: int, config: dict) -> dict[str, int]:
     mesh = Mesh(mesh_sizes(cfg, world), rank=rank, kind="real" if world > 1 else "single")
     with LiveBytes() as live:
         engine = build_engine(cfg, mesh, device=CPU, dtype=torch.float32)
+        steps = Steps(engine)
         for step in range(2):
             gc.collect()
             calls = calls_of(engine, step, False)
             if step == 1:
                 live.mark()
-            train_step(engine, calls, lr=1e-3)
+            steps.take(calls, lr=1e-3)
             del calls
     buckets, states = engine.zero.buckets, engine.optimizer.states
     pool = [lane for lanes in engine.zero._spare.values() for lane in lanes]

@@ -29,8 +29,7 @@ from megalite.generate.sample import Sampling
 from megalite.optim.lr import learning_rate
 from megalite.train.build import Engine
 from megalite.train.evaluate import pipeline_logits
-from megalite.train.loop import train_step
-from megalite.train.post_validation import PostValidation
+from megalite.train.steps import Steps
 from tests.ranks.jobs import engine_of
 
 TOTAL_STEPS = 20
@@ -56,17 +55,16 @@ def advance(engine: Engine, samples: int, steps: int) -> tuple[int, list[str]]:
         sequence_parallel=config.layout.sequence_parallel,
         cp_form=config.layout.cp_form,
     )
-    late = PostValidation(engine) if config.layout.post_validation else None
+    form = Steps(engine)
     taken = []
     for _ in range(steps):
         batch = config.batch_at(samples)
         done = 1 + next(n for n in count() if config.samples_after(n) == samples)
         lr = learning_rate(config.optim, done=done, warmup=3, total=TOTAL_STEPS)
         calls = loader.step(samples, config.num_microbatches(mesh.world_size, batch))
-        taken.append(late.step(calls, lr=lr) if late else train_step(engine, calls, lr=lr))
+        taken.append(form.take(calls, lr=lr))
         samples += batch
-    if late:
-        late.settle()
+    form.settle()
     return samples, [found.loss.item().hex() for found in taken]
 
 

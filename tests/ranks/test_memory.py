@@ -33,6 +33,9 @@ CASES = [
     ("tp2 selective", DEEP, {"tp": 2, "recompute": "selective"}),
     ("pp2", DEEP, {"pp": 2}),
     ("pp2 full", DEEP, {"pp": 2, "recompute": "full"}),
+    *((f"pp2 {schedule} {name}", model, {"pp": 2, "schedule": schedule, "post_validation": late})
+      for schedule, late in (("zb-h1", False), ("zb-h2", False), ("zb-h2", True))
+      for name, model in ((f"{late} activations", DEEP), (f"{late} parameters", HEAVY))),
     *((f"dp2 zero{zero} {name}", model, {"dp": 2, "zero": zero})
       for zero in range(4) for name, model in (("activations", DEEP), ("parameters", HEAVY))),
 ]  # fmt: skip

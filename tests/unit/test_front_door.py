@@ -92,6 +92,8 @@ LAYOUT = [
      "4 layers (the largest --pp is 2)"),
     ("--pp 2 --vpp 2", 2, "--vpp 2: needs --schedule interleaved or zb-v (got 1f1b)"),
     ("--vpp 2 --schedule interleaved", 1, "--vpp 2: needs --pp above 1 (got 1)"),
+    ("--post-validation", 1,
+     "--post-validation: needs --pp above 1 (got 1: no rank waits for another)"),
     ("--schedule 1f1", 1,
      "unknown --schedule '1f1' (did you mean 1f1b? known: gpipe, 1f1b, interleaved, zb-h1, zb-h2, "
      "zb-v)"),

@@ -4,6 +4,7 @@ from megalite.schedule.action import (
     Message,
     Op,
     Schedule,
+    at_first_backward,
     edge_order,
     first_microbatches,
     forward_only,
@@ -122,3 +123,19 @@ def test_first_microbatches_are_a_legal_schedule_of_fewer():
             assert kept.num_microbatches == n
             check(kept, tied=(0, kept.num_stages - 1))
         assert kept == whole
+
+
+def test_cut_at_the_first_backward_leaves_forwards_that_wait_for_nothing_after_it():
+    for name, vpp in (("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zb-h2", 1), ("zb-v", 2)):
+        for pp, n in ((2, 1), (3, 3), (4, 9)):
+            whole = SCHEDULES[name](pp, n, vpp)
+            head, tail = at_first_backward(whole)
+            done = {action for rank in head.actions for action in rank}
+            assert all(done.issuperset(needs(action, whole)) for action in done)
+            for kept, rest, both in zip(head.actions, tail.actions, whole.actions, strict=True):
+                assert kept + rest == both
+                assert {action.op for action in kept} <= {Op.F}
+                # It goes on to the first backward, or to a forward that one before needs.
+                assert rest[0].op is not Op.F or not done.issuperset(needs(rest[0], whole))
+    ahead = [len(rank) for rank in at_first_backward(SCHEDULES["zb-h2"](4, 9, 1))[0].actions]
+    assert ahead == [7, 5, 3, 1]

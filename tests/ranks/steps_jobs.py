@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,8 +12,7 @@ import torch
 from megalite.core.config import Config
 from megalite.core.errors import RunError
 from megalite.train.build import Engine
-from megalite.train.loop import train_step
-from megalite.train.post_validation import PostValidation
+from megalite.train.steps import Steps
 from tests.ranks.jobs import calls_of, engine_of
 from tests.ranks.resume_jobs import state_of
 
@@ -26,16 +26,13 @@ def both(rank: int, world: int, config: dict, steps: int, nan_at: int = -1) -> d
     """
     found: dict = {}
     for late in (False, True):
-        engine = engine_of(Config.from_dict(config), rank, world, "float32")
+        form = Steps(_engine(config, rank, world, late))
+        engine = form.engine
         spoil = _spoiling(engine, at=nan_at if rank == world - 1 else -1)
-        reports, states, form = [], [], PostValidation(engine)
+        reports, states = [], []
         for step in range(steps):
             spoil(step)
-            calls = calls_of(engine, step, varying=True)
-            if late:
-                reports.append(form.step(calls, lr=1e-2))
-            else:
-                reports.append(train_step(engine, calls, lr=1e-2))
+            reports.append(form.take(calls_of(engine, step, varying=True), lr=1e-2))
             if step == steps - 1 or step == steps // 2:  # not after each: it would wait for it
                 form.settle()
                 states.append(state_of(engine))
@@ -43,6 +40,12 @@ def both(rank: int, world: int, config: dict, steps: int, nan_at: int = -1) -> d
         found["late" if late else "barrier"] = [scalars, states]
         found["norms"], found["undone"] = [r.norm.item() for r in reports], form.undone
     return found
+
+
+def _engine(config: dict, rank: int, world: int, late: bool) -> Engine:
+    built = Config.from_dict(config)
+    layout = replace(built.layout, post_validation=late)
+    return engine_of(replace(built, layout=layout), rank, world, "float32")
 
 
 def _spoiling(engine: Engine, at: int) -> Callable[[int], None]:
@@ -64,8 +67,8 @@ def run_ahead(rank: int, world: int, config: dict, flag: str) -> list[str]:
     """Two steps, in the first of which the last rank gives its part of the norm only when the first
     has done the second step's forwards up to its first backward. Gives the first rank's actions.
     """
-    engine = engine_of(Config.from_dict(config), rank, world, "float32")
-    form, ahead, actions = PostValidation(engine), Path(flag), []
+    engine = _engine(config, rank, world, late=True)
+    form, ahead, actions = Steps(engine), Path(flag), []
     settle, sum_of_squares = form.settle, engine.optimizer.sum_of_squares
     engine.mesh.log.stretches = []
 
@@ -85,7 +88,7 @@ def run_ahead(rank: int, world: int, config: dict, flag: str) -> list[str]:
     form.settle = settle_noted  # type: ignore[method-assign]
     engine.optimizer.sum_of_squares = held_back  # type: ignore[method-assign]
     for step in range(2):
-        form.step(calls_of(engine, step, varying=False), lr=1e-2)
+        form.take(calls_of(engine, step, varying=False), lr=1e-2)
     form.settle()
     for stretch in engine.mesh.log.stretches:
         if stretch.what in ("act", "optimizer", "validate"):

@@ -13,7 +13,7 @@ import pytest
 from megalite.checkpoint import manifest as mf
 from megalite.core.config import Config, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
 
-JOBS = "tests.ranks.post_validation_jobs"
+JOBS = "tests.ranks.steps_jobs"
 TIED = ModelConfig(
     num_layers=4, hidden_size=24, num_heads=4, vocab_size=61, seq_len=12, init_std=0.1
 )
@@ -39,11 +39,9 @@ def world_of(layout: dict) -> int:
 LAYOUTS = [
     ({"pp": 2}, UNTIED, {}),
     ({"pp": 4}, UNTIED, {}),
-    ({"pp": 2, "dp": 2, "zero": 0}, UNTIED, {}),
     ({"pp": 2, "dp": 2, "zero": 1}, TIED, {}),
     ({"pp": 2, "dp": 2, "zero": 2}, UNTIED, {"optimizer": "muon"}),
     ({"pp": 2, "dp": 2, "zero": 3}, UNTIED, {}),
-    ({"pp": 2, "tp": 2, "sequence_parallel": False}, TIED, {}),
     ({"pp": 2, "schedule": "zb-v", "vpp": 2}, TIED, {}),
 ]
 
