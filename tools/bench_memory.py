@@ -25,10 +25,10 @@ from megalite.core import comm
 from megalite.core.config import Config, LayoutConfig, ModelConfig, TrainConfig
 from megalite.core.mesh import disconnect
 from megalite.core.world import World
-from megalite.data.loader import Loader, Synthetic
+from megalite.data.loader import Synthetic
 from megalite.models.presets import num_parameters
 from megalite.plan.memory import stage_memory
-from megalite.train.build import build_engine, build_mesh
+from megalite.train.build import build_engine, build_loader, build_mesh
 from megalite.train.loop import train_step
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,15 +68,7 @@ def worker(args: argparse.Namespace) -> None:
     mesh = build_mesh(config, world, CPU)
     before = most_rss()
     engine = build_engine(config, mesh, device=CPU, dtype=torch.float32)
-    loader = Loader(
-        Synthetic(config.model.vocab_size, config.model.seq_len, 1234),
-        mesh,
-        seed=1234,
-        micro_batch_size=1,
-        num_microbatches=MICROBATCHES,
-        device=CPU,
-        sequence_parallel=True,
-    )
+    loader = build_loader(engine, Synthetic(config.model.vocab_size, config.model.seq_len, 1234))
     for step in range(args.steps):
         found = train_step(engine, loader.step(step * MICROBATCHES * args.dp), lr=1e-4)
     held = torch.tensor([float(most_rss() - before)], dtype=torch.float64)

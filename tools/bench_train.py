@@ -27,9 +27,9 @@ from megalite.core import comm
 from megalite.core.config import Config, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
 from megalite.core.mesh import disconnect
 from megalite.core.world import World
-from megalite.data.loader import Loader, Synthetic
+from megalite.data.loader import Synthetic
 from megalite.schedule.generators import SCHEDULES
-from megalite.train.build import build_engine, build_mesh, pick_device, pick_dtype
+from megalite.train.build import build_engine, build_loader, build_mesh, pick_device, pick_dtype
 from megalite.train.loop import train_step
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,15 +87,7 @@ def worker(args: argparse.Namespace) -> None:
     device = pick_device(config, world)
     mesh = build_mesh(config, world, device)
     engine = build_engine(config, mesh, device=device, dtype=pick_dtype(config, device))
-    loader = Loader(
-        Synthetic(config.model.vocab_size, config.model.seq_len, 1234),
-        mesh,
-        seed=1234,
-        micro_batch_size=config.train.micro_batch_size,
-        num_microbatches=config.num_microbatches(world.size),
-        device=device,
-        sequence_parallel=config.layout.sequence_parallel,
-    )
+    loader = build_loader(engine, Synthetic(config.model.vocab_size, config.model.seq_len, 1234))
     losses, walls, cpus = [], [], []
     for step in range(args.warmup + args.steps):
         calls = loader.step(step * config.train.global_batch_size)

@@ -24,6 +24,7 @@ from megalite.core.mesh import Mesh
 from megalite.core.params import initialize
 from megalite.core.unit import recomputing
 from megalite.core.world import World
+from megalite.data.loader import Loader, TokenSource
 from megalite.models.build import build_stages
 from megalite.models.gpt import GPT
 from megalite.optim.optimizer import Optimizer
@@ -190,6 +191,22 @@ def build_engine(
         make, stages, mesh, dtype=dtype, device=device, enter=zero.enter, reduce=zero.reduce
     )
     return Engine(config, mesh, device, dtype, stages, zero, optimizer, pipeline)
+
+
+def build_loader(engine: Engine, source: TokenSource) -> Loader:
+    """What gives this rank's microbatches of `source`, as the engine's config has them."""
+    config, mesh = engine.config, engine.mesh
+    return Loader(
+        source,
+        mesh,
+        seed=config.train.seed,
+        micro_batch_size=config.train.micro_batch_size,
+        num_microbatches=config.num_microbatches(mesh.world_size),
+        device=engine.device,
+        sequence_parallel=config.layout.sequence_parallel,
+        cp_form=config.layout.cp_form,
+        reset_attention_mask=config.data.reset_attention_mask,
+    )
 
 
 @contextmanager

@@ -24,13 +24,13 @@ from megalite.core import mesh as mesh_module
 from megalite.core.config import FILES, Config
 from megalite.core.errors import CheckpointError, RunError, UserError
 from megalite.core.world import World
-from megalite.data.loader import Loader, TokenSource
 from megalite.models.build import head_flops, layer_flops
 from megalite.optim.lr import learning_rate
 from megalite.schedule.simulate import bubble
 from megalite.train import console
 from megalite.train.build import (
     build_engine,
+    build_loader,
     build_mesh,
     pick_device,
     pick_dtype,
@@ -79,7 +79,7 @@ class Run:
         self.description = description
         self._prepare_out()
         self.engine = build_engine(config, self.mesh, device=self.device, dtype=dtype)
-        self.loader = self._loader(source)
+        self.loader = build_loader(self.engine, source)
         self.held_out = self._held_out()
         check_space(self.out, self.engine.optimizer, self.mesh)
         self.step, self.samples, self.tokens = self._start_point()
@@ -313,25 +313,12 @@ class Run:
             if self.tokenizer is not None:
                 self.tokenizer.save(self.out / "tokenizer.json")
 
-    def _loader(self, source: TokenSource) -> Loader:
-        return Loader(
-            source,
-            self.mesh,
-            seed=self.config.train.seed,
-            micro_batch_size=self.config.train.micro_batch_size,
-            num_microbatches=self.config.num_microbatches(self.world.size),
-            device=self.device,
-            sequence_parallel=self.config.layout.sequence_parallel,
-            cp_form=self.config.layout.cp_form,
-            reset_attention_mask=self.config.data.reset_attention_mask,
-        )
-
     def _held_out(self) -> HeldOut | None:
         prefix = self.config.data.valid_data
         if not prefix:
             return None
         source, _ = open_data(self.config, prefix, self.mesh)
-        return held_out(self._loader(source), self.tokenizer)
+        return held_out(build_loader(self.engine, source), self.tokenizer)
 
     def _say_stopped(self, saved: int) -> None:
         train = self.config.train

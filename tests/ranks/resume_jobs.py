@@ -23,11 +23,11 @@ from megalite.core.errors import CheckpointError, PeerFailed, RunError
 from megalite.core.mesh import Mesh
 from megalite.core.params import named_parameters, traits_of
 from megalite.core.shard import slices
-from megalite.data.loader import Loader, Synthetic
+from megalite.data.loader import Synthetic
 from megalite.generate.engine import generate, logits_of
 from megalite.generate.sample import Sampling
 from megalite.optim.lr import learning_rate
-from megalite.train.build import Engine
+from megalite.train.build import Engine, build_loader
 from megalite.train.evaluate import pipeline_logits
 from megalite.train.steps import Steps
 from tests.ranks.jobs import engine_of
@@ -45,15 +45,9 @@ def facts(config: Config, step: int, samples: int) -> mf.Manifest:
 def advance(engine: Engine, samples: int, steps: int) -> tuple[int, list[str]]:
     """Train from the sample counter on; gives the counter after it and each loss, exactly."""
     config, mesh = engine.config, engine.mesh
-    loader = Loader(
+    loader = build_loader(
+        engine,
         Synthetic(config.model.vocab_size, config.model.seq_len, config.train.seed, length=50),
-        mesh,
-        seed=config.train.seed,
-        micro_batch_size=config.train.micro_batch_size,
-        num_microbatches=config.num_microbatches(mesh.world_size),
-        device=engine.device,
-        sequence_parallel=config.layout.sequence_parallel,
-        cp_form=config.layout.cp_form,
     )
     form = Steps(engine)
     taken = []

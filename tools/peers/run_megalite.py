@@ -11,8 +11,7 @@ from harness import BETAS, EPS, LR, WEIGHT_DECAY, Case, Workload, open_case, ser
 
 from megalite.core.config import Config, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
 from megalite.core.world import World
-from megalite.data.loader import Loader
-from megalite.train.build import build_engine, build_mesh
+from megalite.train.build import build_engine, build_loader, build_mesh
 from megalite.train.loop import train_step
 
 LAYOUTS: dict[str, dict[str, object]] = {
@@ -85,15 +84,7 @@ def build(case: Case) -> None:
     config.check(world.size)
     mesh = build_mesh(config, world, CPU)
     engine = build_engine(config, mesh, device=CPU, dtype=torch.float32)
-    loader = Loader(
-        Rows(case.tokens.numpy()),
-        mesh,
-        seed=0,
-        micro_batch_size=config.train.micro_batch_size,
-        num_microbatches=config.num_microbatches(world.size),
-        device=CPU,
-        sequence_parallel=config.layout.sequence_parallel,
-    )
+    loader = build_loader(engine, Rows(case.tokens.numpy()))
     batch = config.train.global_batch_size
 
     def step(number: int) -> float:

@@ -15,9 +15,9 @@ import torch
 from megalite.core.config import Config, ModelConfig, OptimConfig, TrainConfig
 from megalite.core.mesh import Mesh
 from megalite.core.params import named_parameters, traits_of
-from megalite.data.loader import Loader, Synthetic
+from megalite.data.loader import Synthetic
 from megalite.generate.engine import inference_call
-from megalite.train.build import build_engine
+from megalite.train.build import build_engine, build_loader
 from megalite.train.loop import train_step
 
 CPU = torch.device("cpu")
@@ -55,10 +55,7 @@ def moved(width: int, mup: bool) -> dict[str, float]:
         logits = stage(None, inference_call(probe))
         return {"logits": logits.clone(), **seen}
 
-    loader = Loader(
-        data, engine.mesh, seed=1, micro_batch_size=4, num_microbatches=1, device=CPU,
-        sequence_parallel=True,
-    )  # fmt: skip
+    loader = build_loader(engine, data)
     before = look()
     for step in range(STEPS):
         train_step(engine, loader.step(4 * step), lr=engine.config.optim.lr)

@@ -14,8 +14,8 @@ import torch
 
 from megalite.core.config import Config, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
 from megalite.core.mesh import Mesh
-from megalite.data.loader import Loader, Synthetic
-from megalite.train.build import build_engine, mesh_factors, mesh_sizes
+from megalite.data.loader import Synthetic
+from megalite.train.build import build_engine, build_loader, mesh_factors, mesh_sizes
 from megalite.train.loop import train_step
 
 MODEL = ModelConfig(
@@ -42,15 +42,7 @@ def sent(
     kind = "fake" if world > 1 else "single"
     mesh = Mesh(sizes, rank=rank, kind=kind, factors=factors)
     engine = build_engine(config, mesh, device=CPU, dtype=torch.float32)
-    loader = Loader(
-        Synthetic(model.vocab_size, model.seq_len, 1),
-        mesh,
-        seed=1,
-        micro_batch_size=MICRO,
-        num_microbatches=M,
-        device=CPU,
-        sequence_parallel=config.layout.sequence_parallel,
-    )
+    loader = build_loader(engine, Synthetic(model.vocab_size, model.seq_len, 1))
     begin = mesh.log.total
     train_step(engine, loader.step(0), lr=1e-3)
     count, size = Counter(), Counter()
