@@ -76,9 +76,9 @@ def test_perfetto_reads_actions_and_collectives_that_overlap(opened, tmp_path):
 
 def test_perfetto_reads_the_trace_of_a_run(opened, tmp_path):
     settings = (
-        "--num-layers 2 --hidden-size 16 --num-heads 2 --seq-len 8 --vocab-size 32 --data synthetic "
-        "--pp 2 --schedule zb-h2 --micro-batch-size 1 --global-batch-size 4 --train-steps 3 "
-        "--trace-steps 2:3 --device cpu"
+        "--num-layers 2 --hidden-size 16 --num-heads 2 --seq-len 8 --vocab-size 32 --device cpu "
+        "--data synthetic --pp 2 --schedule zb-h2 --micro-batch-size 1 --global-batch-size 4 "
+        "--train-steps 3 --trace-steps 2:3"
     )
     ranks = "torch.distributed.run --standalone --nproc-per-node 2 -m megalite pretrain --out"
     command = [sys.executable, "-m", *ranks.split(), tmp_path, *settings.split()]
