@@ -25,7 +25,7 @@ from megalite.core.errors import RunError, UserError
 from megalite.train.covering import Coverage, Drawn, Space, draw_rows, name_of, small_ramp
 from megalite.train.own_files import check_own_code
 from megalite.train.ranks import Ranks
-from megalite.train.verify import CLOSE, Gap, gap_from, most_urgent, other_rounding
+from megalite.train.verify import CLOSE, CLOSE_LATER, Gap, gap_from, most_urgent, other_rounding
 from megalite.train.verify_args import VerifyRun
 from megalite.train.verify_table import (
     HEADER,
@@ -233,7 +233,7 @@ def compare_row(row: Row, ranks: Ranks, folder: Path, numbers: Numbers, steps: i
         job = f"{JOBS}:compare{numbers.job_suffix}"
         return ranks.run(job, world, kwargs={**asked, **later}, timeout=ROW_SECONDS).results
 
-    later = {}
+    later = CLOSE_LATER if numbers.bounds is CLOSE else {}
     try:
         if numbers.precision != "fp64":
             # How far rounding alone takes one process away from float64, step by step.
@@ -273,6 +273,8 @@ def reference_of(
         "varying": row.lengths_vary,
         "steps": steps,
     }
+    if numbers is IN_BITS and row.config.model.kv_heads < row.config.layout.tp:
+        asked["tp"] = row.config.layout.tp
     job = f"{JOBS}:reference{numbers.job_suffix}"
     path = folder / f"{hashlib.sha256(json.dumps([job, asked]).encode()).hexdigest()[:16]}.npz"
     if not path.exists():

@@ -13,7 +13,7 @@ from typing import Any
 
 from megalite.core.config import Config
 from megalite.train.covering import TRIPLES, Combo, Coverage, Drawn
-from megalite.train.verify import CLOSE, NO_BIT, TOL, Gap
+from megalite.train.verify import CLOSE, CLOSE_LATER, NO_BIT, TOL, Gap
 from megalite.train.verify_args import VerifyRun
 
 HEADER = "result  ranks     loss     grad  weights  seconds  worst at"
@@ -75,7 +75,8 @@ def head(precision: str, steps: int, fixed_order: bool) -> list[str]:
         return [
             *lines,
             "  exact sums, in any order: not one bit of any number may differ from one process;",
-            f"  layouts that round other numbers are held to {CLOSE['grad']:g}, and say why",
+            f"  layouts that round other numbers are held to {CLOSE['grad']:g}, and say why; "
+            f"to {CLOSE_LATER['grad']:g} after the first step",
         ]
     bounds = ", ".join(f"{kind} {bound:g}" for kind, bound in TOL[precision].items())
     lines.append(f"  error: largest difference over the tensor's largest value; allowed: {bounds}")

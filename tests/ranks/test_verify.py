@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from megalite import __main__ as front
 from megalite.core.config import Config, DataConfig, LayoutConfig, ModelConfig, TrainConfig
 from megalite.core.errors import UserError
-from megalite.train.covering import ALL_AXES, FACTORS, TRIPLES, Space, combos_of, draw_rows
-from megalite.train.verify import TOL
+from megalite.train.covering import ALL_AXES, FACTORS, FORMS, TRIPLES, Space, combos_of, draw_rows
+from megalite.train.verify import TOL, other_rounding
 from megalite.train.verify_command import (
     compare_row,
     given_row,
@@ -229,14 +229,19 @@ IN_BITS_ROWS = {
     "tp3 zero0": {"tp": 3, "zero": 0},
     "dp2 zero2": {"dp": 2, "zero": 2},
     "tp2 cp2 gather kv2 zero3": {"tp": 2, "cp": 2, "cp_form": "gather", "zero": 3},
+    "tp4 kv2 llama": {"tp": 4},
+    "tp2 pp2 kv1 zb-h2": {"tp": 2, "pp": 2, "schedule": "zb-h2", "sequence_parallel": False},
     "cp3 ulysses recompute": {"cp": 3, "cp_form": "ulysses", "recompute": "full", "zero": 1},
 }
 
 
 @pytest.mark.parametrize("name", IN_BITS_ROWS)
 def test_no_bit_differs_from_one_process(name, ranks, tmp_path):
-    kv = 2 if "kv2" in name else None
-    model = ModelConfig(hidden_size=48, num_heads=12, num_kv_heads=kv, seq_len=24, dropout=0.1)
+    kv = 2 if "kv2" in name else 1 if "kv1" in name else None
+    form = {**FORMS["all"], "sliding_window": None} if "llama" in name else {}
+    model = ModelConfig(
+        hidden_size=48, num_heads=12, num_kv_heads=kv, seq_len=24, dropout=0.1, **form
+    )
     row = given_row(Config(model=model, layout=LayoutConfig(**IN_BITS_ROWS[name])), most=4)
     result = compare_row(row, ranks, tmp_path, numbers_of(row, "fp64", True), 2)
     assert result.numbers is IN_BITS and result.trouble == ""
@@ -263,19 +268,21 @@ def test_gradient_that_is_nearly_right_is_caught_bit_by_bit_alone(compared):
     assert "grad of layers.1.mlp.up.weight at [" in text and "its Shard: " in text
 
 
-@pytest.mark.parametrize(
-    "layout, kv, why",
-    [
-        ({"cp": 2}, None, "ring attention merges blocks by their log-sum-exp"),
-        ({"tp": 2}, 1, "tp ranks that share a kv head"),
-    ],
-)
-def test_layout_that_rounds_other_numbers_says_so(layout, kv, why, ranks, tmp_path):
-    config = Config(model=ModelConfig(num_kv_heads=kv), layout=LayoutConfig(**layout))
-    row = given_row(config, most=4)
+def test_layout_that_rounds_other_numbers_says_so(ranks, tmp_path):
+    row = given_row(Config(layout=LayoutConfig(cp=2)), most=4)
     result = compare_row(row, ranks, tmp_path, numbers_of(row, "fp64", True), 2)
     assert result.ok and result.differing > 0
-    assert f"within 1e-12: {why}" in "\n".join(table_lines(result))
+    told = "within 1e-13: ring attention merges blocks by their log-sum-exp"
+    assert told in "\n".join(table_lines(result))
+    gathered = replace(row.config, layout=LayoutConfig(cp=2, cp_form="gather"))
+    assert other_rounding(gathered) == ""
+
+
+def test_only_our_own_attention_is_known_to_round_as_ranks_that_share_a_kv_head():
+    config = Config(model=ModelConfig(num_kv_heads=1), layout=LayoutConfig(tp=2))
+    assert other_rounding(config) == ""
+    own = replace(config, model=replace(config.model, attention="mine.py:Mine"))
+    assert other_rounding(own).startswith("tp ranks that share a kv head")
 
 
 # -- the draw ----------------------------------------------------------------------------------
