@@ -33,11 +33,13 @@ def attend(core: CoreAttention, q: Tensor, k: Tensor, v: Tensor, call: Call) -> 
     return FORMS[call.context.form](core, q, k, v, call, call.context)
 
 
-def _heads_first(x: Tensor) -> Tensor:
+def heads_first(x: Tensor) -> Tensor:
+    """From this room's order to that of core_attention.py."""
     return x.permute(1, 2, 0, 3)  # [s, b, n, d] -> [b, n, s, d]
 
 
-def _seq_first(x: Tensor) -> Tensor:
+def seq_first(x: Tensor) -> Tensor:
+    """And back."""
     return x.permute(2, 0, 1, 3)  # [b, n, s, d] -> [s, b, n, d]
 
 
@@ -45,7 +47,7 @@ def _whole(
     core: CoreAttention, q: Tensor, k: Tensor, v: Tensor, q_at: Tensor, k_at: Tensor
 ) -> Tensor:
     """Queries all of whose keys are here."""
-    return _seq_first(core.attend(_heads_first(q), _heads_first(k), _heads_first(v), q_at, k_at))
+    return seq_first(core.attend(heads_first(q), heads_first(k), heads_first(v), q_at, k_at))
 
 
 def _at(spans: list[range], like: Tensor) -> Tensor:
@@ -98,8 +100,8 @@ def _ulysses(
 def _ring(
     core: CoreAttention, q: Tensor, k: Tensor, v: Tensor, call: Call, context: Context
 ) -> Tensor:
-    q, k, v = map(_heads_first, (q, k, v))
-    return _seq_first(_Ring.apply(q, k, v, core, context, call.whole_len))
+    q, k, v = map(heads_first, (q, k, v))
+    return seq_first(_Ring.apply(q, k, v, core, context, call.whole_len))
 
 
 class _Ring(torch.autograd.Function):
@@ -109,10 +111,10 @@ class _Ring(torch.autograd.Function):
         y = torch.zeros_like(q, dtype=wide)
         lse = y.new_full(q.shape[:-1], -torch.inf)
         for kv, spans in _visits(torch.stack((k, v)), context, length):
-            for mine, theirs, q_at, k_at in _blocks(context.spans(length), spans, core.window, q):
+            for mine, theirs, q_at, k_at in blocks(context.spans(length), spans, core.window, q):
                 k_block, v_block = kv[:, :, :, theirs]
                 found = core.partial(q[:, :, mine], k_block, v_block, q_at, k_at)
-                y[:, :, mine], lse[:, :, mine] = _merged(y[:, :, mine], lse[:, :, mine], *found)
+                y[:, :, mine], lse[:, :, mine] = merged(y[:, :, mine], lse[:, :, mine], *found)
         y_out = y.to(q.dtype)
         ctx.save_for_backward(q, k, v, y_out, lse)
         ctx.core, ctx.context, ctx.length = core, context, length
@@ -127,7 +129,7 @@ class _Ring(torch.autograd.Function):
         home: comm.Pending | None = None
         for kv, spans in _visits(torch.stack((k, v)), context, length):
             dkv = torch.zeros_like(kv, dtype=lse.dtype)
-            for mine, theirs, q_at, k_at in _blocks(context.spans(length), spans, core.window, q):
+            for mine, theirs, q_at, k_at in blocks(context.spans(length), spans, core.window, q):
                 k_block, v_block = kv[:, :, :, theirs]
                 grads = core.partial_grads(
                     q[:, :, mine],
@@ -159,7 +161,7 @@ def _visits(kv: Tensor, context: Context, length: int) -> Iterator[tuple[Tensor,
             kv = coming.wait()
 
 
-def _blocks(
+def blocks(
     q_spans: list[range], k_spans: list[range], window: int | None, like: Tensor
 ) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
     """Rows and positions of the pairs of spans in which some query sees some key."""
@@ -178,7 +180,7 @@ def _rows(spans: list[range]) -> Iterator[tuple[slice, range]]:
         start += len(span)
 
 
-def _merged(y: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
+def merged(y: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp over both sets of keys; none in either gives zeros and -inf."""
     both = torch.logaddexp(lse, more_lse)
     old, new = (torch.exp(each - finite(both)).unsqueeze(-1) for each in (lse, more_lse))

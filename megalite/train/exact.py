@@ -18,8 +18,7 @@ differs is no rounding.
 A sum left inexact would show as bits that differ. What cannot show is a term that is
 wrong by less than the grid.
 
-Bits differ rightly where a layout rounds other numbers than one process does: parts of a sum that
-are each multiplied before they are added, or a merge that is no sum. verify.py says where.
+Bits differ rightly where a layout rounds what is no sum of the same terms: as_ranks.py.
 
 Demmel and Nguyen 2013 (Fast Reproducible Floating-Point Summation) round to a grid too.
 """

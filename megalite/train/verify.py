@@ -30,10 +30,10 @@ from megalite.core.mesh import Mesh
 from megalite.core.params import named_parameters, traits_of
 from megalite.core.shard import Box, in_words, slices
 from megalite.data.loader import Synthetic
+from megalite.train.as_ranks import AttentionAsRanks, rounding_of
 from megalite.train.build import DTYPES, Engine, build_engine, mesh_factors, mesh_sizes
 from megalite.train.exact import exact_sums
 from megalite.train.loop import Reduced, forward_backward, update
-from megalite.train.shared_keys import KeysOfEachRank
 from megalite.train.steps import Steps
 
 # s sequence, b micro batch
@@ -332,19 +332,18 @@ def _load(engine: Engine, root: Path) -> None:
 
 
 def other_rounding(config: Config) -> str:
-    """Why a layout's numbers are rightly not one process's to the last bit; empty if they are."""
-    layout = config.layout
-    if layout.cp > 1 and layout.cp_form == "ring":
-        return "ring attention merges blocks by their log-sum-exp, which is not a sum"
-    if config.model.kv_heads < layout.tp and config.model.attention != "softmax":
-        return "tp ranks that share a kv head multiply its gradient before they add their parts"
+    """Why numbers of a layout may rightly have other bits than one process's; empty if not."""
+    if config.model.attention != "softmax" and rounding_of(config):
+        return "with --cp-form ring, or fewer kv heads than tp, only our own attention is known"
     return ""
 
 
-def reference_in_fixed_order(rank: int, world: int, tp: int = 1, **kwargs: Any) -> list[float]:
-    """`reference` with exact sums, and rounded as by `tp` ranks if they share kv heads."""
-    if Config.from_dict(kwargs["config"]).model.kv_heads < tp:
-        kwargs["attention"] = partial(KeysOfEachRank, ranks=tp)
+def reference_in_fixed_order(
+    rank: int, world: int, rounding: dict | None = None, **kwargs: Any
+) -> list[float]:
+    """`reference` with exact sums; `rounding` is what AttentionAsRanks takes."""
+    if rounding:
+        kwargs["attention"] = partial(AttentionAsRanks, **rounding)
     with exact_sums():
         return reference(rank, world, **kwargs)
 

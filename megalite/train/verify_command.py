@@ -22,6 +22,7 @@ from typing import Any
 from megalite.core.check import check_precision
 from megalite.core.config import Config, LayoutConfig, ModelConfig
 from megalite.core.errors import RunError, UserError
+from megalite.train.as_ranks import rounding_of
 from megalite.train.covering import Coverage, Drawn, Space, draw_rows, name_of, small_ramp
 from megalite.train.own_files import check_own_code
 from megalite.train.ranks import Ranks
@@ -268,13 +269,17 @@ def reference_of(
 
     Raises RunError if one process cannot run it either.
     """
-    asked = {
+    asked: dict[str, Any] = {
         "config": _one_process(row.config).to_dict(),
         "varying": row.lengths_vary,
         "steps": steps,
     }
-    if numbers is IN_BITS and row.config.model.kv_heads < row.config.layout.tp:
-        asked["tp"] = row.config.layout.tp
+    rounding = rounding_of(row.config) if numbers is IN_BITS else {}
+    if rounding:
+        asked["rounding"] = rounding
+    if rounding.get("ring"):  # where its blocks end depends on a microbatch's longest sample
+        size = row.config.train.micro_batch_size
+        asked["config"]["train"]["micro_batch_size"] = size
     job = f"{JOBS}:reference{numbers.job_suffix}"
     path = folder / f"{hashlib.sha256(json.dumps([job, asked]).encode()).hexdigest()[:16]}.npz"
     if not path.exists():

@@ -75,8 +75,8 @@ def head(precision: str, steps: int, fixed_order: bool) -> list[str]:
         return [
             *lines,
             "  exact sums, in any order: not one bit of any number may differ from one process;",
-            f"  layouts that round other numbers are held to {CLOSE['grad']:g}, and say why; "
-            f"to {CLOSE_LATER['grad']:g} after the first step",
+            f"  where that may rightly be, {CLOSE['grad']:g} is allowed (after the first step "
+            f"{CLOSE_LATER['grad']:g}), and the row says why",
         ]
     bounds = ", ".join(f"{kind} {bound:g}" for kind, bound in TOL[precision].items())
     lines.append(f"  error: largest difference over the tensor's largest value; allowed: {bounds}")

@@ -6,7 +6,7 @@ import torch
 from megalite.core.call import Context, make_call
 from megalite.core.log import CollectiveLog
 from megalite.core.mesh import Axis
-from megalite.layers.context import _blocks, _merged, attend
+from megalite.layers.context import attend, blocks, merged
 from megalite.layers.core_attention import CoreAttention
 
 S, B, N, M, D = 8, 2, 4, 2, 6
@@ -42,7 +42,7 @@ def test_merged_blocks_of_keys_equal_all_keys_at_once(how):
     y, lse = torch.zeros_like(q), torch.full(q.shape[:-1], -torch.inf, dtype=q.dtype)
     for start in (4, 0, 6, 2):
         at = slice(start, start + 2)
-        y, lse = _merged(y, lse, *core.partial(q, k[:, :, at], v[:, :, at], AT, AT[at]))
+        y, lse = merged(y, lse, *core.partial(q, k[:, :, at], v[:, :, at], AT, AT[at]))
     torch.testing.assert_close(y, core.attend(q, k, v, AT, AT), rtol=1e-12, atol=1e-12)
 
 
@@ -52,7 +52,7 @@ def test_query_without_a_key_gives_zeros_and_minus_infinity_and_no_gradient():
     assert (y[:, :, :2] == 0).all() and (lse[:, :, :2] == -torch.inf).all()
     assert y[:, :, 2:].abs().min() > 0 and lse[:, :, 2:].isfinite().all()
     none = (torch.zeros_like(y), torch.full_like(lse, -torch.inf))
-    both, both_lse = _merged(*none, *none)
+    both, both_lse = merged(*none, *none)
     assert (both == 0).all() and (both_lse == -torch.inf).all()
     grads = core_of().partial_grads(
         q[:, :, :2], k[:, :, 2:], v[:, :, 2:], AT[:2], AT[2:],
@@ -65,7 +65,7 @@ def test_blocks_that_no_query_sees_are_skipped():
     def pairs(idx, source, window=None):
         context = fake_context("ring", idx=idx)
         mine, theirs = context.spans(32), context.spans(32, source)
-        found = _blocks(mine, theirs, window, torch.zeros(1))
+        found = blocks(mine, theirs, window, torch.zeros(1))
         return [(q_at[0].item(), k_at[0].item()) for _, _, q_at, k_at in found]
 
     assert pairs(1, 1) == [(4, 4), (24, 4), (24, 24)]
