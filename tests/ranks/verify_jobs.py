@@ -15,8 +15,8 @@ from megalite.core.shard import Block
 from megalite.layers.attention import Attention
 from megalite.parallel import zero
 from megalite.train import verify
-from megalite.train.build import Engine
 from megalite.train.loop import Reduced
+from megalite.train.steps import Steps
 
 
 def with_blocks(param: nn.Parameter, *blocks: Block) -> None:
@@ -69,17 +69,17 @@ def compare(rank: int, world: int, attention: str, **kwargs: Any) -> dict:
 
 def with_nearly_right_gradient(rank: int, world: int, in_bits: bool, **kwargs: Any) -> dict:
     """One gradient is too large by a part in 10^13, in the bucket of every rank."""
-    right = verify.forward_backward
+    right = Steps.forward_backward
 
-    def wrong(engine: Engine, calls: list[Call]) -> Reduced:
-        found = right(engine, calls)
-        for stage in engine.stages.values():
+    def wrong(steps: Steps, calls: list[Call], **kwargs: bool) -> Reduced:
+        found = right(steps, calls, **kwargs)
+        for stage in steps.engine.stages.values():
             for name, param in named_parameters(stage):
                 if name == "layers.1.mlp.up.weight":
                     param.grad.mul_(1 + 1e-13)
         return found
 
-    verify.forward_backward = wrong
+    Steps.forward_backward = wrong  # type: ignore[method-assign]
     compare = verify.compare_in_fixed_order if in_bits else verify.compare
     return compare(rank, world, **kwargs)
 
