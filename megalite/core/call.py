@@ -8,7 +8,7 @@ a layer: `seq_cut` is None when decoding or where tp is 1, `context` when decodi
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -68,11 +68,18 @@ class Call:
     starts. A document is contiguous and attention causal, so this says all about the documents in a
     sample: position q sees positions starts[q] to q. None: a sample is one document."""
     later: list[Callable[[], None]] | None = None
-    """Where weight-gradient jobs wait for W; None runs them at once."""
+    """Where weight-gradient jobs wait for W; None: no longer than in `beside`."""
+    beside: list[Callable[[], None]] = field(default_factory=list)
+    """Where weight-gradient jobs wait for a collective that they can hide."""
     training: bool = True
     """Dropout is on."""
     parts: Parts | None = None
     """The parts of a layer that backward runs again; None keeps everything."""
+
+    @property
+    def weight_jobs(self) -> list[Callable[[], None]]:
+        """Where a weight gradient is left."""
+        return self.beside if self.later is None else self.later
 
     @property
     def seq_len(self) -> int:

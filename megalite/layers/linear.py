@@ -3,8 +3,9 @@
 With sequence parallelism (`call.seq_cut`) a column linear gathers its input along s and a row
 linear reduce-scatters its output; without it they all-reduce. What is gathered to be multiplied
 comes while this rank's own rows are. In backward the collective of the input gradient runs while
-the weight gradient is computed, or the weight gradient is left in `call.later` for W. Shoeybi et
-al. 2019 (arXiv 1909.08053); Korthikanti et al. 2022 (arXiv 2205.05198).
+the weight gradient is computed, and that of the row linear before it, which has nothing of its own
+to hide; or weight gradients are left in `call.later` for W. Shoeybi et al. 2019 (arXiv 1909.08053);
+Korthikanti et al. 2022 (arXiv 2205.05198).
 """
 
 from __future__ import annotations
@@ -52,19 +53,23 @@ def _gathered_product(
     return full, product
 
 
-def _weight_grad(weight: nn.Parameter, dy: Tensor, x: Tensor, later: list | None) -> None:
+def _weight_grad(weight: nn.Parameter, dy: Tensor, x: Tensor, jobs: list) -> None:
     # Detached: what is left for W would hold the graph that holds it, until a garbage collection.
-    job = partial(add_weight_grad, weight, _rows(dy), _rows(x.detach()))
-    if later is None:
-        job()
-    else:
-        later.append(job)
+    jobs.append(partial(add_weight_grad, weight, _rows(dy), _rows(x.detach())))
+
+
+def _run(jobs: list) -> None:
+    while jobs:
+        jobs.pop(0)()  # and let go of what it holds
 
 
 def _bias_grad(bias: nn.Parameter | None, dy: Tensor) -> None:
     if bias is not None:
         grad_of(bias).add_(_rows(dy).sum(0))
         landed(bias)
+
+
+_when_backward_ends = torch.autograd.Variable._execution_engine.queue_callback
 
 
 def _tracked(x: Tensor) -> Tensor:
@@ -78,10 +83,12 @@ def _tracked(x: Tensor) -> Tensor:
 
 class _Column(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, params, tp, seq_cut, later):
+    def forward(ctx, x, params, tp, call):
         ctx.save_for_backward(x)
-        ctx.params, ctx.tp, ctx.seq_cut, ctx.later = params, tp, seq_cut, later
+        ctx.params, ctx.tp, ctx.seq_cut = params, tp, call.seq_cut
+        ctx.jobs, ctx.beside = call.weight_jobs, call.beside
         weight, bias = params
+        seq_cut = call.seq_cut
         if seq_cut is None:
             return matmul.linear(x, weight, bias)  # [s, b, o/tp]
         return _gathered_product(x, weight, seq_cut, bias)[1]  # from [s/tp, b, i]
@@ -95,16 +102,19 @@ class _Column(torch.autograd.Function):
         dx = matmul.linear(dy, weight.t())
         summing = comm.reduce_scatter_start(dx, cut) if cut else comm.all_reduce_start(dx, ctx.tp)
         _bias_grad(bias, dy)
-        _weight_grad(weight, dy, gathering.wait() if gathering else x, ctx.later)
-        return summing.wait(), None, None, None, None
+        _weight_grad(weight, dy, gathering.wait() if gathering else x, ctx.jobs)
+        _run(ctx.beside)
+        return summing.wait(), None, None, None
 
 
 class _Row(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, params, tp, seq_cut, later):
+    def forward(ctx, x, params, tp, call):
         ctx.save_for_backward(x)
-        ctx.params, ctx.seq_cut, ctx.later = params, seq_cut, later
+        ctx.params, ctx.tp, ctx.seq_cut = params, tp, call.seq_cut
+        ctx.jobs, ctx.beside = call.weight_jobs, call.beside
         weight, bias = params
+        seq_cut = call.seq_cut
         y = matmul.linear(x, weight)  # [s, b, o], partial over tp
         y = comm.reduce_scatter(y, seq_cut) if seq_cut else comm.all_reduce(y, tp)
         return y if bias is None else y.add_(bias)
@@ -120,22 +130,26 @@ class _Row(torch.autograd.Function):
             full, dx = _gathered_product(dy, matrix, ctx.seq_cut)
         else:
             full, dx = dy, matmul.linear(dy, matrix)
-        _weight_grad(weight, full, x, ctx.later)
-        return dx, None, None, None, None
+        _weight_grad(weight, full, x, ctx.jobs)
+        if ctx.tp.size == 1:
+            _run(ctx.beside)
+        else:  # where no column linear comes before it
+            _when_backward_ends(partial(_run, ctx.beside))
+        return dx, None, None, None
 
 
 def column_linear(
     x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, tp: Axis, call: Call
 ) -> Tensor:
     """[s or s/tp, b, i] times a column-cut weight: [s, b, o/tp]."""
-    return _Column.apply(_tracked(x), (weight, bias), tp, call.seq_cut, call.later)
+    return _Column.apply(_tracked(x), (weight, bias), tp, call)
 
 
 def row_linear(
     x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, tp: Axis, call: Call
 ) -> Tensor:
     """[s, b, i/tp] times a row-cut weight, summed over tp: [s or s/tp, b, o]."""
-    return _Row.apply(_tracked(x), (weight, bias), tp, call.seq_cut, call.later)
+    return _Row.apply(_tracked(x), (weight, bias), tp, call)
 
 
 class ColumnLinear(nn.Module):

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megalite.core import comm
 from megalite.core.call import make_call
 from megalite.core.mesh import Axis
 from megalite.core.params import gaussian, initialize
@@ -70,3 +71,46 @@ def test_gradients_of_several_microbatches_add_up():
     once = linear.weight.grad.clone()
     linear(x, call_of()).sum().backward()
     torch.testing.assert_close(linear.weight.grad, 2 * once)
+
+
+def of_two_ranks(monkeypatch, seen):
+    """A column and a row linear of one of two ranks, alone: sums over them are what it has."""
+    two = Axis("tp", 2, 0)
+
+    class Mine:
+        def wait(self):
+            return seen.pop("dx")
+
+    def all_reduce_start(dx, axis):
+        seen["dx"], seen["at start"] = dx, row.weight.grad is not None
+        return Mine()
+
+    monkeypatch.setattr(comm, "all_reduce", lambda x, axis: x)
+    monkeypatch.setattr(comm, "all_reduce_start", all_reduce_start)
+    column = ColumnLinear(6, (Block(8, ("tp", None)),), two, bias=False, init=gaussian(1.0))
+    row = RowLinear(8, 6, two, bias=False, init=gaussian(1.0))
+    for linear in (column, row):
+        initialize(linear, seed=1)
+    return column, row
+
+
+def test_row_weight_gradient_is_made_beside_the_next_collective(monkeypatch):
+    seen = {}
+    column, row = of_two_ranks(monkeypatch, seen)
+    x, call = torch.randn(4, 3, 6), call_of()
+    up = column(x, call)
+    row(up, call).backward(dy := torch.randn(4, 3, 6))
+    assert seen["at start"] is False and not call.beside
+    wanted = dy.flatten(0, 1).t() @ up.detach().flatten(0, 1)
+    torch.testing.assert_close(row.weight.grad, wanted)
+    assert column.weight.grad is not None
+
+
+def test_row_weight_gradient_does_not_wait_beyond_the_backward_pass(monkeypatch):
+    _, row = of_two_ranks(monkeypatch, {})
+    x, call = torch.randn(4, 3, 4), call_of()
+    for times in (1, 2):
+        row(x, call).backward(dy := torch.ones(4, 3, 6))
+        wanted = times * dy.flatten(0, 1).t() @ x.flatten(0, 1)
+        torch.testing.assert_close(row.weight.grad, wanted)
+        assert not call.beside
