@@ -8,7 +8,7 @@ PY := .venv/bin/python
 export TORCH SYSTEM_TORCH
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test test-peers lint bench clean FORCE
+.PHONY: help .venv demo test test-peers lint kernels bench clean FORCE
 
 help: ## this list
 	@echo 'megalite: make demo trains a model with 3D parallelism; make test shows that it is right.'
@@ -18,7 +18,7 @@ help: ## this list
 	@echo "  PYTHON=python3.12      which Python makes .venv (3.10 to 3.13)"
 	@echo "  TORCH='torch==2.13.0'  which torch to install: any pip arguments, --index-url too"
 	@echo "  SYSTEM_TORCH=1         reuse the torch (2.11 or later) that PYTHON already has"
-	@echo "  ARGS='-k mesh'         more arguments for demo, test, test-peers, bench"
+	@echo "  ARGS='-k mesh'         more arguments for demo, test, test-peers, kernels, bench"
 
 .venv: .venv/stamp ## the Python environment; every target below makes it if it is not there
 	@echo '.venv is ready: .venv/bin/megalite, or ". .venv/bin/activate" and then megalite'
@@ -49,6 +49,9 @@ lint: .venv/stamp ## ruff (rules and format) and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+kernels: .venv/stamp ## compiles the CUDA kernels (nvcc; no GPU): sm_80, sm_90, sm_100 and PTX
+	$(PY) kernels/build.py $(ARGS)
 
 bench: .venv/stamp ## times a training step (ARGS=--help lists the choices)
 	$(PY) tools/bench_train.py $(ARGS)

@@ -441,13 +441,6 @@ def check_precision(precision: str, device: str) -> None:
         raise UserError("--precision fp16: its loss scaling is not there yet (use bf16)")
 
 
-def check_backend(backend: str) -> None:
-    """Raise UserError for a backend of the operators that is not there."""
-    if backend in ("fused", "apex"):
-        what = "is not there yet" if backend == "fused" else "is not used yet"
-        raise UserError(f"--ops-backend {backend}: {what} (use --ops-backend torch)")
-
-
 def check_paths(config: Config) -> None:
     """Raise UserError unless what the run reads is on this host's disk and --out can be written."""
     data, train = config.data, config.train

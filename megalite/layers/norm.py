@@ -8,8 +8,7 @@ from megalite.core import shard
 from megalite.core.config import ModelConfig
 from megalite.core.mesh import Axis
 from megalite.core.params import constant, new_param
-from megalite.ops.layer_norm import layer_norm
-from megalite.ops.rms_norm import rms_norm
+from megalite.ops.norm import layer_norm, rms_norm
 
 
 class Norm(nn.Module):

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from megalite.core import mesh as mesh_module
-from megalite.core.check import check_backend, check_precision
+from megalite.core.check import check_precision
 from megalite.core.config import Config
 from megalite.core.errors import UserError
 from megalite.core.mesh import Mesh
@@ -27,6 +27,8 @@ from megalite.core.world import World
 from megalite.data.loader import Loader, TokenSource
 from megalite.models.build import build_stages
 from megalite.models.gpt import GPT
+from megalite.ops import backend
+from megalite.ops.library import NoKernels
 from megalite.optim.optimizer import Optimizer
 from megalite.optim.rules import Rules
 from megalite.parallel.pipeline import Pipeline
@@ -151,7 +153,10 @@ def build_engine(
     attention: Callable[..., nn.Module] | None = None,
 ) -> Engine:
     """This rank's stages with initial weights, and what trains them. All ranks call it together."""
-    check_backend(config.train.ops_backend)
+    try:
+        backend.use(config.train.ops_backend, device)
+    except NoKernels as error:
+        raise UserError(str(error)) from None
     if device.type == "cpu":
         keep_freed_memory()
     make = schedule_maker(config)

@@ -1,0 +1,201 @@
+// What all kernels share: element types, 16-byte accesses, sums over a row's threads, launches.
+//
+// A file of bodies names nothing of torch. nvcc compiles it for GPUs; g++ compiles the same file
+// with ../emulator/cuda_on_host.h, where one fiber stands for each CUDA thread.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#define SHARED(type, name, count) __shared__ type name[count]
+#else
+#include "../emulator/cuda_on_host.h"
+#endif
+
+namespace megalite {
+
+constexpr int WARP = 32;
+constexpr int MAX_WARPS = 32;  // of a block
+
+// -- elements ----------------------------------------------------------------------------------
+
+using bf16 = __nv_bfloat16;
+using fp16 = __half;
+
+// As megalite/ops/library.py numbers them.
+enum Dtype : int { FP32 = 0, BF16 = 1, FP16 = 2 };
+
+__device__ __forceinline__ float wide(float x) { return x; }
+__device__ __forceinline__ float wide(bf16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float wide(fp16 x) { return __half2float(x); }
+
+template <class T> __device__ __forceinline__ T narrow(float x);
+template <> __device__ __forceinline__ float narrow<float>(float x) { return x; }
+template <> __device__ __forceinline__ bf16 narrow<bf16>(float x) { return __float2bfloat16_rn(x); }
+template <> __device__ __forceinline__ fp16 narrow<fp16>(float x) { return __float2half_rn(x); }
+
+// -- N elements that are moved at once ---------------------------------------------------------
+
+template <int BYTES> struct Word;
+template <> struct Word<16> { using type = uint4; };
+template <> struct Word<8> { using type = uint2; };
+template <> struct Word<4> { using type = uint32_t; };
+template <> struct Word<2> { using type = uint16_t; };
+template <> struct Word<1> { using type = uint8_t; };
+
+// Aligned to its size in memory; unpacked to float32 where numbers are needed.
+template <class T, int N> struct Pack {
+    using Raw = typename Word<N * sizeof(T)>::type;
+    Raw raw;
+
+    __device__ __forceinline__ void unpack(float (&out)[N]) const {
+        union { Raw word; T element[N]; } both = {raw};
+#pragma unroll
+        for (int i = 0; i < N; i++) out[i] = wide(both.element[i]);
+    }
+
+    __device__ __forceinline__ static Pack of(const float (&in)[N]) {
+        union { Raw word; T element[N]; } both;
+#pragma unroll
+        for (int i = 0; i < N; i++) both.element[i] = narrow<T>(in[i]);
+        return {both.word};
+    }
+};
+
+// What is read or written once: past L1, and the first to leave L2.
+template <class T, int N> __device__ __forceinline__ Pack<T, N> load_once(const T* at) {
+    return {__ldcs(reinterpret_cast<const typename Pack<T, N>::Raw*>(at))};
+}
+template <class T, int N> __device__ __forceinline__ void store_once(T* at, Pack<T, N> pack) {
+    __stcs(reinterpret_cast<typename Pack<T, N>::Raw*>(at), pack.raw);
+}
+// What other blocks, or this one, will read again.
+template <class T, int N> __device__ __forceinline__ Pack<T, N> load(const T* at) {
+    return {*reinterpret_cast<const typename Pack<T, N>::Raw*>(at)};
+}
+template <class T, int N> __device__ __forceinline__ void store(T* at, Pack<T, N> pack) {
+    *reinterpret_cast<typename Pack<T, N>::Raw*>(at) = pack.raw;
+}
+
+// N numbers from `at` as float32, in accesses of at most 16 bytes.
+template <int N, class T> __device__ __forceinline__ void load_wide(const T* at, float (&out)[N]) {
+    constexpr int EACH = N * sizeof(T) > 16 ? 16 / sizeof(T) : N;
+#pragma unroll
+    for (int i = 0; i < N; i += EACH) {
+        float some[EACH];
+        load<T, EACH>(at + i).unpack(some);
+#pragma unroll
+        for (int j = 0; j < EACH; j++) out[i + j] = some[j];
+    }
+}
+template <int N, class T> __device__ __forceinline__ void store_narrow(T* at, const float (&in)[N]) {
+    constexpr int EACH = N * sizeof(T) > 16 ? 16 / sizeof(T) : N;
+#pragma unroll
+    for (int i = 0; i < N; i += EACH) {
+        float some[EACH];
+#pragma unroll
+        for (int j = 0; j < EACH; j++) some[j] = in[i + j];
+        store<T, EACH>(at + i, Pack<T, EACH>::of(some));
+    }
+}
+
+// -- one number from all threads of a row ------------------------------------------------------
+
+struct Add {
+    static constexpr float nothing = 0.0f;
+    __device__ __forceinline__ static float of(float a, float b) { return a + b; }
+};
+struct Max {
+    static constexpr float nothing = -INFINITY;
+    __device__ __forceinline__ static float of(float a, float b) { return fmaxf(a, b); }
+};
+
+template <int N> struct Values { float v[N]; };
+
+template <class Op, int N> __device__ __forceinline__ Values<N> over_warp(Values<N> x) {
+#pragma unroll
+    for (int far = WARP / 2; far > 0; far /= 2)
+#pragma unroll
+        for (int i = 0; i < N; i++) x.v[i] = Op::of(x.v[i], __shfl_xor_sync(~0u, x.v[i], far));
+    return x;
+}
+
+// N sums or maxima over threadIdx.x, given to all of its threads; their order is always the same.
+//
+// A row of one warp needs no barrier. A wider row takes the whole block, and one barrier each time:
+// two buffers in turn, so that a warp that runs ahead does not overwrite what another still reads.
+template <int N> class OverRow {
+public:
+    __device__ __forceinline__ explicit OverRow(float* shared) : shared_(shared) {}
+
+    template <class Op> __device__ __forceinline__ Values<N> all(Values<N> x) {
+        x = over_warp<Op>(x);
+        const int warps = blockDim.x / WARP, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+        if (warps == 1) return x;
+        float* buffer = shared_ + turn_ * N * MAX_WARPS;
+        turn_ ^= 1;
+        if (lane == 0)
+#pragma unroll
+            for (int i = 0; i < N; i++) buffer[i * MAX_WARPS + warp] = x.v[i];
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < N; i++)
+            x.v[i] = lane < warps ? buffer[i * MAX_WARPS + lane] : Op::nothing;
+        return over_warp<Op>(x);
+    }
+    __device__ __forceinline__ Values<N> sum(Values<N> x) { return all<Add>(x); }
+    __device__ __forceinline__ float sum(float x) { return all<Add>(Values<1>{{x}}).v[0]; }
+    __device__ __forceinline__ float max(float x) { return all<Max>(Values<1>{{x}}).v[0]; }
+
+private:
+    float* shared_;  // OVER_ROW_FLOATS(N) of them
+    int turn_ = 0;
+};
+#define OVER_ROW_FLOATS(n) (2 * (n) * megalite::MAX_WARPS)
+
+// -- launches ----------------------------------------------------------------------------------
+
+// 0, or CUDA's error code (the emulator's: 1, and last_error() says what).
+template <class... Params, class... Args>
+int launch(void (*kernel)(Params...), dim3 grid, dim3 block, void* stream, Args... args) {
+#ifdef __CUDACC__
+    kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(args...);
+    return static_cast<int>(cudaGetLastError());
+#else
+    (void)stream;
+    return emulator::run(grid, block, [=] { kernel(args...); });
+#endif
+}
+
+// launch_with(a number of type T), for the T that `dtype` says; -1 for no such type.
+template <class Launch> int with_type(int dtype, Launch launch_with) {
+    switch (dtype) {
+        case FP32: return launch_with(float{});
+        case BF16: return launch_with(bf16{});
+        case FP16: return launch_with(fp16{});
+    }
+    return -1;
+}
+
+// What Python calls through ctypes.
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+inline bool aligned(int bytes, const void* at) {
+    return reinterpret_cast<uintptr_t>(at) % bytes == 0;  // a null pointer is
+}
+template <class... Pointers> bool aligned(int bytes, const void* at, Pointers... others) {
+    return aligned(bytes, at) && aligned(bytes, others...);
+}
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// n elements in packs of v, k packs for each thread: threads of a row, a multiple of a warp.
+constexpr int row_threads(int64_t n, int v, int k) {
+    return int(ceil_div(ceil_div(n, int64_t(v) * k), WARP) * WARP);
+}
+
+}  // namespace megalite

@@ -1,0 +1,352 @@
+// LayerNorm and RMSNorm, forward and backward, with or without the residual's addition.
+//
+//   sum = x + residual (rounded to T, as torch would)      only with ADD
+//   y = (sum - mean) * rstd * weight + bias                RMSNorm: mean 0, rstd of mean(sum^2)
+//
+// A row's elements stay in its threads' registers from the first pass to the last, so x is read
+// once: mean first, then the sum of squares about it, as exact as Welford's and no dearer. Backward
+// is one pass, too: a block takes rows g, g + G, ..., and adds up its share of the weight's and the
+// bias' gradients in registers; `column_sum` adds the G shares. No atomics, one order of each sum.
+#pragma once
+
+#include "common.cuh"
+
+namespace megalite {
+
+// weight and bias are of the activations' type or of float32.
+struct Affine {
+    const void* weight;
+    const void* bias;  // or null
+    bool in_fp32;
+
+    template <int V, class T>
+    __device__ __forceinline__ void load(const void* from, int column, float (&out)[V]) const {
+        if (in_fp32)
+            load_wide<V>(static_cast<const float*>(from) + column, out);
+        else
+            load_wide<V>(static_cast<const T*>(from) + column, out);
+    }
+};
+
+// The elements of one row that this thread has: K packs of V, far apart so that neighbours read
+// neighbours. K = 0: the row is too long to hold, and each pass reads it again (from L2, mostly).
+template <class T, int V, int K> class RowOf {
+public:
+    __device__ __forceinline__ RowOf(const T* row, int n) : row_(row), n_(n) {
+        if constexpr (K > 0) {
+#pragma unroll
+            for (int k = 0; k < K; k++)
+                if (column(k) < n_) held_[k] = load_once<T, V>(row_ + column(k));
+        }
+    }
+
+    // Of the sum of two rows, which is written to a third.
+    __device__ __forceinline__ RowOf(const T* x, const T* residual, T* sum, int n)
+        : row_(sum), n_(n) {
+        if constexpr (K > 0) {
+            Pack<T, V> other[K];
+#pragma unroll
+            for (int k = 0; k < K; k++)
+                if (column(k) < n_) {
+                    held_[k] = load_once<T, V>(x + column(k));
+                    other[k] = load_once<T, V>(residual + column(k));
+                }
+#pragma unroll
+            for (int k = 0; k < K; k++)
+                if (column(k) < n_) {
+                    held_[k] = added(held_[k], other[k]);
+                    store_once<T, V>(sum + column(k), held_[k]);
+                }
+        } else {
+            for (int at = threadIdx.x * V; at < n; at += blockDim.x * V)
+                store<T, V>(sum + at,
+                            added(load_once<T, V>(x + at), load_once<T, V>(residual + at)));
+        }
+    }
+
+    // use(column, its V elements), for all that this thread has.
+    template <class Use> __device__ __forceinline__ void each(Use use) const {
+        if constexpr (K > 0) {
+#pragma unroll
+            for (int k = 0; k < K; k++)
+                if (column(k) < n_) {
+                    float x[V];
+                    held_[k].unpack(x);
+                    use(column(k), x);
+                }
+        } else {
+            for (int at = threadIdx.x * V; at < n_; at += blockDim.x * V) {
+                float x[V];
+                load<T, V>(row_ + at).unpack(x);
+                use(at, x);
+            }
+        }
+    }
+
+private:
+    __device__ __forceinline__ static int column(int k) {
+        return (k * blockDim.x + threadIdx.x) * V;
+    }
+    __device__ __forceinline__ static Pack<T, V> added(Pack<T, V> a, Pack<T, V> b) {
+        float x[V], y[V];
+        a.unpack(x);
+        b.unpack(y);
+#pragma unroll
+        for (int i = 0; i < V; i++) x[i] += y[i];
+        return Pack<T, V>::of(x);
+    }
+
+    const T* row_;
+    int n_;
+    Pack<T, V> held_[K > 0 ? K : 1];
+};
+
+template <class T> struct NormForward {
+    T* y;
+    T* sum;       // [rows, n], of ADD
+    float* mean;  // [rows], or null for RMSNorm
+    float* rstd;  // [rows]
+    const T* x;
+    const T* residual;  // of ADD
+    Affine affine;
+    int64_t rows;
+    int n;
+    float eps;
+};
+
+constexpr int MOST_FORWARD_THREADS = 512;
+
+// A row for each threadIdx.y; more than one in a block only if each has one warp.
+template <class T, int V, int K, bool ADD>
+__global__ void __launch_bounds__(MOST_FORWARD_THREADS) norm_forward(const NormForward<T> a) {
+    SHARED(float, shared, OVER_ROW_FLOATS(1));
+    OverRow<1> over_row(shared);
+    const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
+    if (row >= a.rows) return;
+    const int64_t at = row * a.n;
+    const RowOf<T, V, K> x = ADD ? RowOf<T, V, K>(a.x + at, a.residual + at, a.sum + at, a.n)
+                                 : RowOf<T, V, K>(a.x + at, a.n);
+    float mean = 0.0f;
+    if (a.mean != nullptr) {
+        float total = 0.0f;
+        x.each([&](int, const float(&v)[V]) {
+#pragma unroll
+            for (int i = 0; i < V; i++) total += v[i];
+        });
+        mean = over_row.sum(total) / a.n;
+    }
+    float squares = 0.0f;
+    x.each([&](int, const float(&v)[V]) {
+#pragma unroll
+        for (int i = 0; i < V; i++) squares += (v[i] - mean) * (v[i] - mean);
+    });
+    const float rstd = rsqrtf(over_row.sum(squares) / a.n + a.eps);
+    x.each([&](int column, float(&v)[V]) {
+        float weight[V], bias[V] = {};
+        a.affine.template load<V, T>(a.affine.weight, column, weight);
+        if (a.affine.bias != nullptr) a.affine.template load<V, T>(a.affine.bias, column, bias);
+#pragma unroll
+        for (int i = 0; i < V; i++) v[i] = (v[i] - mean) * rstd * weight[i] + bias[i];
+        store_once<T, V>(a.y + at + column, Pack<T, V>::of(v));
+    });
+    if (threadIdx.x == 0) {
+        if (a.mean != nullptr) a.mean[row] = mean;
+        a.rstd[row] = rstd;
+    }
+}
+
+template <class T> struct NormBackward {
+    T* dx;
+    float* dweight;  // [shares, n], a share of the gradient in each row
+    float* dbias;    // the same, or null
+    const T* dy;
+    const T* x;     // what was normalised: `sum` with ADD
+    const T* dsum;  // gradient of `sum` from elsewhere, added to dx; or null
+    Affine affine;
+    const float* mean;  // or null for RMSNorm
+    const float* rstd;
+    int64_t rows;
+    int n;
+};
+
+// d loss / d x of V elements from the row's two means.
+template <int V>
+__device__ __forceinline__ void norm_dx(float (&dx)[V], const float (&unit)[V], float rstd,
+                                        float along_unit, float along_one) {
+#pragma unroll
+    for (int i = 0; i < V; i++) dx[i] = rstd * (dx[i] - unit[i] * along_unit - along_one);
+}
+
+constexpr int MOST_BACKWARD_THREADS = 384;  // of 65,536 registers, with 160 each
+
+// A row of K * V elements a thread. While one row is worked on, the next one is on its way.
+template <class T, int V, int K, bool ADD>
+__global__ void __launch_bounds__(MOST_BACKWARD_THREADS) norm_backward(const NormBackward<T> a) {
+    SHARED(float, shared, OVER_ROW_FLOATS(2));
+    OverRow<2> over_row(shared);
+    const int64_t worker = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
+    const int64_t workers = int64_t(gridDim.x) * blockDim.y;
+    const auto column = [](int k) { return (k * int(blockDim.x) + int(threadIdx.x)) * V; };
+    float dweight[K][V] = {}, dbias[K][V] = {};
+    Pack<T, V> x[K], dy[K];
+    float mean = 0.0f, rstd = 0.0f;
+    const auto fetch = [&](int64_t row) {
+#pragma unroll
+        for (int k = 0; k < K; k++)
+            if (column(k) < a.n) {
+                x[k] = load_once<T, V>(a.x + row * a.n + column(k));
+                dy[k] = load_once<T, V>(a.dy + row * a.n + column(k));
+            }
+        mean = a.mean != nullptr ? a.mean[row] : 0.0f;
+        rstd = a.rstd[row];
+    };
+    if (worker < a.rows) fetch(worker);
+    for (int64_t row = worker; row < a.rows; row += workers) {
+        const float row_mean = mean, row_rstd = rstd;
+        Pack<T, V> row_x[K], row_dy[K];
+        Values<2> along = {};
+#pragma unroll
+        for (int k = 0; k < K; k++) {
+            row_x[k] = x[k];
+            row_dy[k] = dy[k];
+        }
+        if (row + workers < a.rows) fetch(row + workers);
+#pragma unroll
+        for (int k = 0; k < K; k++)
+            if (column(k) < a.n) {
+                float unit[V], g[V], weight[V];
+                row_x[k].unpack(unit);
+                row_dy[k].unpack(g);
+                a.affine.template load<V, T>(a.affine.weight, column(k), weight);
+#pragma unroll
+                for (int i = 0; i < V; i++) {
+                    unit[i] = (unit[i] - row_mean) * row_rstd;
+                    dweight[k][i] += g[i] * unit[i];
+                    dbias[k][i] += g[i];
+                    along.v[0] += g[i] * weight[i] * unit[i];
+                    along.v[1] += g[i] * weight[i];
+                }
+            }
+        along = over_row.sum(along);
+        const float along_unit = along.v[0] / a.n;
+        const float along_one = a.mean != nullptr ? along.v[1] / a.n : 0.0f;
+#pragma unroll
+        for (int k = 0; k < K; k++)
+            if (column(k) < a.n) {
+                float unit[V], g[V], weight[V];
+                row_x[k].unpack(unit);
+                row_dy[k].unpack(g);
+                a.affine.template load<V, T>(a.affine.weight, column(k), weight);
+#pragma unroll
+                for (int i = 0; i < V; i++) {
+                    unit[i] = (unit[i] - row_mean) * row_rstd;
+                    g[i] *= weight[i];
+                }
+                norm_dx(g, unit, row_rstd, along_unit, along_one);
+                if constexpr (ADD) {
+                    float more[V];
+                    load_once<T, V>(a.dsum + row * a.n + column(k)).unpack(more);
+#pragma unroll
+                    for (int i = 0; i < V; i++) g[i] += more[i];
+                }
+                store_once<T, V>(a.dx + row * a.n + column(k), Pack<T, V>::of(g));
+            }
+    }
+#pragma unroll
+    for (int k = 0; k < K; k++)
+        if (column(k) < a.n) {
+            store_narrow<V>(a.dweight + worker * a.n + column(k), dweight[k]);
+            if (a.dbias != nullptr)
+                store_narrow<V>(a.dbias + worker * a.n + column(k), dbias[k]);
+        }
+}
+
+// Rows of any length: dx alone, a block for each row.
+template <class T, int V, bool ADD> __global__ void norm_backward_rows(const NormBackward<T> a) {
+    SHARED(float, shared, OVER_ROW_FLOATS(2));
+    OverRow<2> over_row(shared);
+    const int64_t row = blockIdx.x, at = row * a.n;
+    const float mean = a.mean != nullptr ? a.mean[row] : 0.0f, rstd = a.rstd[row];
+    const auto each = [&](auto use) {
+        for (int column = threadIdx.x * V; column < a.n; column += blockDim.x * V) {
+            float unit[V], g[V], weight[V];
+            load<T, V>(a.x + at + column).unpack(unit);
+            load<T, V>(a.dy + at + column).unpack(g);
+            a.affine.template load<V, T>(a.affine.weight, column, weight);
+#pragma unroll
+            for (int i = 0; i < V; i++) {
+                unit[i] = (unit[i] - mean) * rstd;
+                g[i] *= weight[i];
+            }
+            use(column, g, unit);
+        }
+    };
+    Values<2> along = {};
+    each([&](int, const float(&g)[V], const float(&unit)[V]) {
+#pragma unroll
+        for (int i = 0; i < V; i++) {
+            along.v[0] += g[i] * unit[i];
+            along.v[1] += g[i];
+        }
+    });
+    along = over_row.sum(along);
+    const float along_unit = along.v[0] / a.n;
+    const float along_one = a.mean != nullptr ? along.v[1] / a.n : 0.0f;
+    each([&](int column, float(&g)[V], const float(&unit)[V]) {
+        norm_dx(g, unit, rstd, along_unit, along_one);
+        if constexpr (ADD) {
+            float more[V];
+            load_once<T, V>(a.dsum + at + column).unpack(more);
+#pragma unroll
+            for (int i = 0; i < V; i++) g[i] += more[i];
+        }
+        store_once<T, V>(a.dx + at + column, Pack<T, V>::of(g));
+    });
+}
+
+constexpr int TILE = 32;
+constexpr int TILE_ROWS = 8;
+
+// The sum over threadIdx.y of a block of TILE x `rows` threads, given to those with threadIdx.y 0.
+__device__ __forceinline__ float tile_sum(float x, float* tile, int rows) {
+    __syncthreads();  // what was there before has been read
+    tile[threadIdx.y * TILE + threadIdx.x] = x;
+    __syncthreads();
+    if (threadIdx.y == 0)
+        for (int y = 1; y < rows; y++) x += tile[y * TILE + threadIdx.x];
+    return x;
+}
+
+// Rows of any length: shares of the weight's and the bias' gradients. gridDim.y shares.
+template <class T> __global__ void norm_backward_columns(const NormBackward<T> a) {
+    SHARED(float, tile, TILE * TILE_ROWS);
+    const int column = blockIdx.x * TILE + threadIdx.x;
+    float dweight = 0.0f, dbias = 0.0f;
+    const int64_t step = int64_t(gridDim.y) * TILE_ROWS;
+    if (column < a.n)
+        for (int64_t row = blockIdx.y * TILE_ROWS + threadIdx.y; row < a.rows; row += step) {
+            const float mean = a.mean != nullptr ? a.mean[row] : 0.0f;
+            const float g = wide(a.dy[row * a.n + column]);
+            dweight += g * (wide(a.x[row * a.n + column]) - mean) * a.rstd[row];
+            dbias += g;
+        }
+    dweight = tile_sum(dweight, tile, TILE_ROWS);
+    if (a.dbias != nullptr) dbias = tile_sum(dbias, tile, TILE_ROWS);
+    if (threadIdx.y == 0 && column < a.n) {
+        a.dweight[int64_t(blockIdx.y) * a.n + column] = dweight;
+        if (a.dbias != nullptr) a.dbias[int64_t(blockIdx.y) * a.n + column] = dbias;
+    }
+}
+
+// out[n] = the sum of shares[count, n], in one order.
+template <class T> __global__ void column_sum(T* out, const float* shares, int count, int n) {
+    SHARED(float, tile, TILE * TILE);
+    const int column = blockIdx.x * TILE + threadIdx.x;
+    float total = 0.0f;
+    if (column < n)
+        for (int i = threadIdx.y; i < count; i += TILE) total += shares[int64_t(i) * n + column];
+    total = tile_sum(total, tile, TILE);
+    if (threadIdx.y == 0 && column < n) out[column] = narrow<T>(total);
+}
+
+}  // namespace megalite

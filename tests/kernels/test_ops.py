@@ -1,0 +1,117 @@
+"""What torch knows of the ops: schemas, shapes, compile, checkpointing. And the build."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+import build
+from megalite.ops import backend
+from megalite.ops.library import SOURCES, Library, NoKernels
+from megalite.ops.norm import add_layer_norm, layer_norm, rms_norm
+from megalite.ops.softmax import scaled_softmax
+
+OPS = torch.ops.megalite
+X, W = torch.randn(6, 32), torch.randn(32)
+SCORES, MASK = torch.randn(2, 3, 4, 16), torch.rand(4, 16) > 0.3
+CALLS = {
+    "norm": (X, X, W, W, 1e-5, True),
+    "norm_backward": (X, X, X, W, torch.randn(6), torch.rand(6), True),
+    "softmax": (SCORES, MASK, None, True, 0, 0.5),
+    "softmax_backward": (SCORES, SCORES.softmax(-1), False, 0, 0.5),
+}
+
+
+@pytest.fixture(params=["kernels", "reference"])
+def either(request, emulated_library):
+    """The ops by the CUDA bodies, and by what stands in for them."""
+    before = backend.use_library(emulated_library if request.param == "kernels" else None)
+    yield
+    backend.use_library(before)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_op_is_what_it_says(either, name):
+    torch.library.opcheck(getattr(OPS, name).default, CALLS[name])
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_reference_and_kernels_agree(emulated, name):
+    ours = getattr(OPS, name)(*CALLS[name])
+    backend.use_library(None)
+    theirs = getattr(OPS, name)(*CALLS[name])
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_shapes_on_a_gpu_that_is_not_there(emulated):
+    with FakeTensorMode():
+        x, w = (
+            torch.empty(5, 64, device="cuda", dtype=torch.bfloat16),
+            torch.empty(64, device="cuda"),
+        )
+        y, total, mean, rstd = OPS.norm(x, x, w, None, 1e-6, True)
+        assert y.device.type == "cuda" and y.dtype == total.dtype == torch.bfloat16
+        assert mean.shape == rstd.shape == (5,) and mean.dtype == torch.float32
+
+
+def model(x, w, scores):
+    total, y = add_layer_norm(x, 2 * x, w, None, 1e-5)
+    weights = scaled_softmax(scores, causal=True, scale=0.5)
+    return rms_norm(y, w, 1e-5).sum() + (total * total).sum() + (weights * scores).sum()
+
+
+def grads(fn):
+    leaves = [t.clone().requires_grad_() for t in (X, W, SCORES)]
+    fn(*leaves).backward()
+    return [leaf.grad for leaf in leaves]
+
+
+def test_compiled_model_is_the_same(emulated):
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(grads(compiled), grads(model))
+
+
+def test_checkpointed_model_is_the_same(emulated):
+    again = grads(lambda *leaves: checkpoint(model, *leaves, use_reentrant=False))
+    torch.testing.assert_close(again, grads(model), rtol=0, atol=0)
+
+
+def test_library_of_other_sources_is_refused(emulated_library, tmp_path):
+    sources = shutil.copytree(SOURCES, tmp_path / "csrc")
+    (sources / "norm.cuh").write_text("// changed\n")
+    with pytest.raises(NoKernels, match="built from other sources"):
+        Library(build.HERE.parent / "build" / "libmegalite_emulated.so", sources)
+    with pytest.raises(NoKernels, match="cannot be loaded"):
+        Library(tmp_path / "none.so")
+
+
+def test_launch_that_fails_says_why(emulated_library):
+    with pytest.raises(RuntimeError, match="megalite_norm_forward: no kernel for this dtype"):
+        numbers = (9, *[None] * 8, 0, 1, 8, 1e-5, None)
+        emulated_library.launch("norm_forward", *numbers)
+
+
+@pytest.mark.parametrize(("name", "reason"), [("fused", "need a GPU"), ("apex", "not used yet")])
+def test_backend_that_cannot_work_is_refused(name, reason):
+    with pytest.raises(NoKernels, match=reason):
+        backend.use(name, torch.device("cpu"))
+
+
+def test_auto_is_torch_on_a_cpu(emulated):
+    backend.use("auto", torch.device("cpu"))
+    assert not backend.takes(X)
+    assert torch.equal(layer_norm(X, W, None, 1e-5), torch.nn.functional.layer_norm(X, (32,), W))
+
+
+def test_kernels_compile_for_a_gpu_and_none_spills(tmp_path):
+    try:
+        build.nvcc()
+    except build.BuildFailed as missing:
+        pytest.skip(str(missing))
+    lines = build.build(tmp_path / "kernels.so", architectures=("90",))
+    assert len(lines) > 50 and all(line.startswith("sm_90") for line in lines)
+    assert not Library(tmp_path / "kernels.so").emulated
