@@ -124,7 +124,7 @@ template <class Op, int N> __device__ __forceinline__ Values<N> over_warp(Values
     return x;
 }
 
-// N sums or maxima over threadIdx.x, given to all of its threads; their order is always the same.
+// Up to N sums or maxima over threadIdx.x, given to all of its threads, always in the same order.
 //
 // A row of one warp needs no barrier. A wider row takes the whole block, and one barrier each time:
 // two buffers in turn, so that a warp that runs ahead does not overwrite what another still reads.
@@ -132,7 +132,8 @@ template <int N> class OverRow {
 public:
     __device__ __forceinline__ explicit OverRow(float* shared) : shared_(shared) {}
 
-    template <class Op> __device__ __forceinline__ Values<N> all(Values<N> x) {
+    template <class Op, int M> __device__ __forceinline__ Values<M> all(Values<M> x) {
+        static_assert(M <= N);
         x = over_warp<Op>(x);
         const int warps = blockDim.x / WARP, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
         if (warps == 1) return x;
@@ -140,14 +141,14 @@ public:
         turn_ ^= 1;
         if (lane == 0)
 #pragma unroll
-            for (int i = 0; i < N; i++) buffer[i * MAX_WARPS + warp] = x.v[i];
+            for (int i = 0; i < M; i++) buffer[i * MAX_WARPS + warp] = x.v[i];
         __syncthreads();
 #pragma unroll
-        for (int i = 0; i < N; i++)
+        for (int i = 0; i < M; i++)
             x.v[i] = lane < warps ? buffer[i * MAX_WARPS + lane] : Op::nothing;
         return over_warp<Op>(x);
     }
-    __device__ __forceinline__ Values<N> sum(Values<N> x) { return all<Add>(x); }
+    template <int M> __device__ __forceinline__ Values<M> sum(Values<M> x) { return all<Add>(x); }
     __device__ __forceinline__ float sum(float x) { return all<Add>(Values<1>{{x}}).v[0]; }
     __device__ __forceinline__ float max(float x) { return all<Max>(Values<1>{{x}}).v[0]; }
 

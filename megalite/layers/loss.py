@@ -17,20 +17,22 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx, logits, labels, vocab_size, tp):
         width = logits.shape[1]
         known = min(width, max(0, vocab_size - tp.idx * width))
-        logits[:, known:] = -torch.inf  # padding is never predicted
         here = (labels >= tp.idx * width) & (labels < (tp.idx + 1) * width)
         column = (labels - tp.idx * width).masked_fill_(~here, 0)
-        top = comm.all_reduce(ops.peak(logits), tp, op="max")
-        total, picked = comm.all_reduce(ops.partials(logits, top, column, here), tp)
+        begun = ops.begin(logits, column, here, known)
+        top = comm.all_reduce(begun[0].clone(), tp, op="max")
+        total, picked = comm.all_reduce(ops.partials(logits, top, column, here, begun), tp)
         counted = labels >= 0
-        ctx.save_for_backward(logits, total, column, here, counted)
+        ctx.save_for_backward(logits, top, total, column, here, counted)
+        ctx.known = known
         return torch.where(counted, total.log() - picked, torch.zeros_like(picked)).sum()
 
     @staticmethod
     def backward(ctx, grad):
-        weights, total, column, here, counted = ctx.saved_tensors
+        logits, top, total, column, here, counted = ctx.saved_tensors
         scale = grad * counted.to(total.dtype)
-        return ops.gradient_(weights, total, column, here, scale), None, None, None
+        dx = ops.gradient_(logits, top, total, column, here, scale, ctx.known)
+        return dx, None, None, None
 
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor, vocab_size: int, tp: Axis) -> Tensor:

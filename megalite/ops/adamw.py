@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from megalite.ops import backend
+
 
 def adamw_(
     param: Tensor,
@@ -21,6 +23,12 @@ def adamw_(
     weight_decay: float,
 ) -> None:
     """One update in place, in one pass; all tensors flat, of one dtype; `step` counts from 1."""
+    if param.dtype == torch.float32 and backend.takes(param, grad, exp_avg, exp_avg_sq):
+        tensors = (param, exp_avg, exp_avg_sq, grad)
+        rates = (lr, beta1, beta2, eps, weight_decay)
+        no_copy = (None, backend.TYPES[torch.float32])
+        backend.launch("adamw", grad, *tensors, *no_copy, None, None, param.numel(), step, *rates)
+        return
     adamw(
         [param],
         [grad],

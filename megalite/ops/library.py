@@ -31,6 +31,12 @@ SIGNATURES = {
     # stream
     "softmax_forward": "i pp plll plll llll i l f p",
     "softmax_backward": "i ppp llll i l f p",
+    # dtype, top sums x label, rows n known, stream
+    "cross_entropy_forward": "i pppp lll p",
+    # dtype, x lse scale label, rows n known vocabulary, smoothing z, stream
+    "cross_entropy_backward": "i pppp llll ff p",
+    # dtype, master averages gradient, copy and its dtype, factor skip, n step, rates, stream
+    "adamw": "i pppp pi pp ll fffff p",
 }
 """Of each function: a letter for each argument."""
 

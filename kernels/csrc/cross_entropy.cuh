@@ -1,0 +1,129 @@
+// Cross entropy of logits whose vocabulary is cut over ranks: no rank sees a whole row.
+//
+// Forward reads the logits once and gives, for each row of this rank's columns: the largest, the sum
+// of exp(x - largest), the label's logit and the sum of all logits. Ranks combine those (a maximum,
+// then a sum of three numbers a row); backward reads the logits again and writes their gradient in
+// their place:
+//
+//   lse = log sum exp x;   p = exp(x - lse);   on = 1 for the label, else 0
+//   loss = lse - (1 - s) x[label] - s mean(x) + z lse^2
+//   dx = g (p (1 + 2 z lse) - (1 - s) on - s / vocabulary)
+//
+// with s label smoothing and z the z-loss' weight. Columns from `known` on pad the vocabulary: they
+// are not looked at, and their gradient is zero.
+#pragma once
+
+#include "common.cuh"
+
+namespace megalite {
+
+// A maximum so far, and the sum of exp(x - maximum): numbers are added in any order.
+struct Exponentials {
+    float top = -INFINITY, total = 0.0f;
+
+    template <int V> __device__ __forceinline__ void add(const float (&x)[V]) {
+        float higher = top;
+#pragma unroll
+        for (int i = 0; i < V; i++) higher = fmaxf(higher, x[i]);
+        const float base = higher == -INFINITY ? 0.0f : higher;
+        total *= expf(top - base);
+#pragma unroll
+        for (int i = 0; i < V; i++) total += expf(x[i] - base);
+        top = higher;
+    }
+};
+
+constexpr int CROSS_ENTROPY_THREADS = 512;
+
+template <class T> struct CrossEntropyForward {
+    float* top;     // [rows]
+    float* sums;    // [3, rows]: of exp(x - top), the label's logit or 0, of x
+    const T* x;     // [rows, n]
+    const int64_t* label;  // [rows], of this rank's columns; others are elsewhere
+    int64_t rows, n, known;
+};
+
+template <class T, int V>
+__global__ void __launch_bounds__(CROSS_ENTROPY_THREADS)
+    cross_entropy_forward(const CrossEntropyForward<T> a) {
+    SHARED(float, shared, OVER_ROW_FLOATS(2));
+    OverRow<2> over_row(shared);
+    const int64_t row = blockIdx.x, start = row * a.n;
+    const int64_t step = int64_t(blockDim.x) * V;
+    Exponentials seen;
+    float plain = 0.0f;
+    constexpr int AHEAD = 4;  // packs on their way at a time
+    for (int64_t at = int64_t(threadIdx.x) * V; at < a.known; at += AHEAD * step) {
+        Pack<T, V> raw[AHEAD];
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++)
+            if (at + k * step < a.known) raw[k] = load<T, V>(a.x + start + at + k * step);
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++)
+            if (at + k * step < a.known) {
+                float x[V];
+                raw[k].unpack(x);
+#pragma unroll
+                for (int i = 0; i < V; i++) {
+                    const bool known = at + k * step + i < a.known;
+                    plain += known ? x[i] : 0.0f;
+                    x[i] = known ? x[i] : -INFINITY;
+                }
+                seen.add(x);
+            }
+    }
+    const float top = over_row.max(seen.top);
+    const float shift = top == -INFINITY ? 0.0f : top;
+    const auto sums = over_row.sum(Values<2>{{seen.total * expf(seen.top - shift), plain}});
+    if (threadIdx.x == 0) {
+        const int64_t label = a.label[row];
+        a.top[row] = top;
+        a.sums[row] = sums.v[0];
+        a.sums[a.rows + row] = label >= 0 && label < a.known ? wide(a.x[start + label]) : 0.0f;
+        a.sums[2 * a.rows + row] = sums.v[1];
+    }
+}
+
+template <class T> struct CrossEntropyBackward {
+    T* x;                  // [rows, n], overwritten
+    const float* lse;      // [rows]
+    const float* scale;    // [rows]: the gradient of each row's loss
+    const int64_t* label;  // as above
+    int64_t n, known, vocabulary;
+    float smoothing, z;
+};
+
+template <class T, int V>
+__global__ void __launch_bounds__(CROSS_ENTROPY_THREADS)
+    cross_entropy_backward(const CrossEntropyBackward<T> a) {
+    // The last rows first: they are what forward has left in L2.
+    const int64_t row = gridDim.x - 1 - blockIdx.x, start = row * a.n;
+    const float lse = a.lse[row], scale = a.scale[row];
+    const float of_p = scale * (1.0f + 2.0f * a.z * lse), each = scale * a.smoothing / a.vocabulary;
+    const float at_label = scale * (1.0f - a.smoothing);
+    const int64_t label = a.label[row], step = int64_t(blockDim.x) * V;
+    constexpr int AHEAD = 4;
+    for (int64_t at = int64_t(threadIdx.x) * V; at < a.n; at += AHEAD * step) {
+        Pack<T, V> raw[AHEAD];
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++)
+            if (at + k * step < a.n) raw[k] = load_once<T, V>(a.x + start + at + k * step);
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++)
+            if (at + k * step < a.n) {
+                const int64_t column = at + k * step;
+                float x[V];
+                raw[k].unpack(x);
+#pragma unroll
+                for (int i = 0; i < V; i++) {
+                    const float dx = expf(x[i] - lse) * of_p - each -
+                                     (column + i == label ? at_label : 0.0f);
+                    // A row whose loss counts for nothing has no gradient, whatever is in it.
+                    x[i] = column + i < a.known && scale != 0.0f ? dx : 0.0f;
+                }
+                store_once<T, V>(a.x + start + column, Pack<T, V>::of(x));
+            }
+    }
+}
+
+}  // namespace megalite
