@@ -204,7 +204,18 @@ __global__ void __launch_bounds__(MOST_BACKWARD_THREADS) norm_backward(const Nor
     for (int64_t row = worker; row < a.rows; row += workers) {
         const float row_mean = mean, row_rstd = rstd;
         Pack<T, V> row_x[K], row_dy[K];
-        Values<2> along = {};
+        // The normalised row, the gradient of y, and that times the weight.
+        const auto terms = [&](int k, float (&unit)[V], float (&along)[V], float (&g)[V]) {
+            row_x[k].unpack(unit);
+            row_dy[k].unpack(along);
+            a.affine.template load<V, T>(a.affine.weight, column(k), g);
+#pragma unroll
+            for (int i = 0; i < V; i++) {
+                unit[i] = (unit[i] - row_mean) * row_rstd;
+                g[i] *= along[i];
+            }
+        };
+        Values<2> sums = {};
 #pragma unroll
         for (int k = 0; k < K; k++) {
             row_x[k] = x[k];
@@ -214,34 +225,24 @@ __global__ void __launch_bounds__(MOST_BACKWARD_THREADS) norm_backward(const Nor
 #pragma unroll
         for (int k = 0; k < K; k++)
             if (column(k) < a.n) {
-                float unit[V], g[V], weight[V];
-                row_x[k].unpack(unit);
-                row_dy[k].unpack(g);
-                a.affine.template load<V, T>(a.affine.weight, column(k), weight);
+                float unit[V], along[V], g[V];
+                terms(k, unit, along, g);
 #pragma unroll
                 for (int i = 0; i < V; i++) {
-                    unit[i] = (unit[i] - row_mean) * row_rstd;
-                    dweight[k][i] += g[i] * unit[i];
-                    dbias[k][i] += g[i];
-                    along.v[0] += g[i] * weight[i] * unit[i];
-                    along.v[1] += g[i] * weight[i];
+                    dweight[k][i] += along[i] * unit[i];
+                    dbias[k][i] += along[i];
+                    sums.v[0] += g[i] * unit[i];
+                    sums.v[1] += g[i];
                 }
             }
-        along = over_row.sum(along);
-        const float along_unit = along.v[0] / a.n;
-        const float along_one = a.mean != nullptr ? along.v[1] / a.n : 0.0f;
+        sums = over_row.sum(sums);
+        const float along_unit = sums.v[0] / a.n;
+        const float along_one = a.mean != nullptr ? sums.v[1] / a.n : 0.0f;
 #pragma unroll
         for (int k = 0; k < K; k++)
             if (column(k) < a.n) {
-                float unit[V], g[V], weight[V];
-                row_x[k].unpack(unit);
-                row_dy[k].unpack(g);
-                a.affine.template load<V, T>(a.affine.weight, column(k), weight);
-#pragma unroll
-                for (int i = 0; i < V; i++) {
-                    unit[i] = (unit[i] - row_mean) * row_rstd;
-                    g[i] *= weight[i];
-                }
+                float unit[V], along[V], g[V];
+                terms(k, unit, along, g);
                 norm_dx(g, unit, row_rstd, along_unit, along_one);
                 if constexpr (ADD) {
                     float more[V];

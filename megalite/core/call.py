@@ -138,6 +138,12 @@ class Call:
         return fn(*inputs) if self.parts is None else self.parts.run(name, fn, inputs)
 
 
+def run_jobs(jobs: list[Callable[[], None]]) -> None:
+    """Do what was left for later, in order."""
+    while jobs:
+        jobs.pop(0)()  # and let go of what it holds
+
+
 def make_call(
     tokens: Tensor,
     labels: Tensor | None,

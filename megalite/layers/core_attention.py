@@ -16,7 +16,7 @@ from torch import Tensor
 from megalite.core import rng
 from megalite.core.params import acc_dtype
 from megalite.layers.dropout import keep_mask
-from megalite.ops.softmax import attention_mask, masked_softmax
+from megalite.ops.softmax import attention_mask, scaled_softmax
 
 # b micro batch, n query heads, m kv heads, q and k positions, d head_dim
 
@@ -45,16 +45,25 @@ class CoreAttention:
 
         `k_at` that is `q_at` itself says that all are here, in order.
         """
+        in_order = k_at is q_at and self.starts is None
         if self.soft_cap is None and self.p == 0:
             grouped = q.shape[1] != k.shape[1]
-            is_causal = self.window is None and self.starts is None and k_at is q_at
+            is_causal = in_order and self.window is None
             mask = None if is_causal else self._mask(q_at, k_at)
             return F.scaled_dot_product_attention(
                 q, k, v, mask, is_causal=is_causal, scale=self.scale, enable_gqa=grouped
             )
         k, v = _per_query_head(k, q), _per_query_head(v, q)
-        scores = self._capped(q @ k.transpose(-1, -2) * self.scale)
-        weights = masked_softmax(scores, self._mask(q_at, k_at))
+        scores, scale = q @ k.transpose(-1, -2), self.scale
+        if self.soft_cap is not None:
+            scores, scale = self._capped(scores * scale), 1.0
+        weights = scaled_softmax(
+            scores,
+            scale=scale,
+            causal=in_order,
+            window=self.window if in_order else None,
+            mask=None if in_order else self._mask(q_at, k_at),
+        )
         return self._dropped(weights, q_at, k_at) @ v
 
     def partial(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from megalite.core import comm, matmul, shard
-from megalite.core.call import Call
+from megalite.core.call import Call, run_jobs
 from megalite.core.mesh import Axis
 from megalite.core.params import (
     add_weight_grad,
@@ -58,11 +58,6 @@ def _weight_grad(weight: nn.Parameter, dy: Tensor, x: Tensor, jobs: list) -> Non
     jobs.append(partial(add_weight_grad, weight, _rows(dy), _rows(x.detach())))
 
 
-def _run(jobs: list) -> None:
-    while jobs:
-        jobs.pop(0)()  # and let go of what it holds
-
-
 def _bias_grad(bias: nn.Parameter | None, dy: Tensor) -> None:
     if bias is not None:
         grad_of(bias).add_(_rows(dy).sum(0))
@@ -88,10 +83,9 @@ class _Column(torch.autograd.Function):
         ctx.params, ctx.tp, ctx.seq_cut = params, tp, call.seq_cut
         ctx.jobs, ctx.beside = call.weight_jobs, call.beside
         weight, bias = params
-        seq_cut = call.seq_cut
-        if seq_cut is None:
+        if call.seq_cut is None:
             return matmul.linear(x, weight, bias)  # [s, b, o/tp]
-        return _gathered_product(x, weight, seq_cut, bias)[1]  # from [s/tp, b, i]
+        return _gathered_product(x, weight, call.seq_cut, bias)[1]  # from [s/tp, b, i]
 
     @staticmethod
     def backward(ctx, dy):
@@ -103,7 +97,7 @@ class _Column(torch.autograd.Function):
         summing = comm.reduce_scatter_start(dx, cut) if cut else comm.all_reduce_start(dx, ctx.tp)
         _bias_grad(bias, dy)
         _weight_grad(weight, dy, gathering.wait() if gathering else x, ctx.jobs)
-        _run(ctx.beside)
+        run_jobs(ctx.beside)
         return summing.wait(), None, None, None
 
 
@@ -114,9 +108,9 @@ class _Row(torch.autograd.Function):
         ctx.params, ctx.tp, ctx.seq_cut = params, tp, call.seq_cut
         ctx.jobs, ctx.beside = call.weight_jobs, call.beside
         weight, bias = params
-        seq_cut = call.seq_cut
         y = matmul.linear(x, weight)  # [s, b, o], partial over tp
-        y = comm.reduce_scatter(y, seq_cut) if seq_cut else comm.all_reduce(y, tp)
+        cut = call.seq_cut
+        y = comm.reduce_scatter(y, cut) if cut else comm.all_reduce(y, tp)
         return y if bias is None else y.add_(bias)
 
     @staticmethod
@@ -132,9 +126,9 @@ class _Row(torch.autograd.Function):
             full, dx = dy, matmul.linear(dy, matrix)
         _weight_grad(weight, full, x, ctx.jobs)
         if ctx.tp.size == 1:
-            _run(ctx.beside)
+            run_jobs(ctx.beside)
         else:  # where no column linear comes before it
-            _when_backward_ends(partial(_run, ctx.beside))
+            _when_backward_ends(partial(run_jobs, ctx.beside))
         return dx, None, None, None
 
 

@@ -7,35 +7,50 @@ and the backward is an op of its own.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
+from torch import Tensor
 
 from megalite.ops import backend
 
 LIBRARY = torch.library.Library("megalite", "FRAGMENT")
+_KINDS = {Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", int: "int", float: "float"}
 
 
 def define(
-    schema: str,
+    name: str,
+    inputs: type[Any],
+    outputs: int,
     *,
-    kernel: Callable[..., Any],
-    reference: Callable[..., Any],
-    shapes: Callable[..., Any],
-) -> Any:
-    """The op torch.ops.megalite.<name of the schema>, with three functions of the same arguments.
+    kernel: Callable[[Any], Any],
+    reference: Callable[[Any], Any],
+    shapes: Callable[[Any], Any],
+) -> Callable[..., Any]:
+    """A function of the fields of the named tuple `inputs`, which gives `outputs` tensors.
 
-    `kernel` runs ours; `reference` runs where they do not, and is what tests hold `kernel` against;
-    `shapes` gives empty results.
+    Where our kernels take its tensors it is the op torch.ops.megalite.<name>, which runs `kernel`
+    of the tuple, or `shapes`, which gives empty results. Elsewhere it is `reference` itself, so
+    that torch sees what that is made of; tests hold `kernel` against it.
     """
-    name = schema.split("(")[0]
-    LIBRARY.define(schema)
+    kinds = get_type_hints(inputs).items()
+    takes = ", ".join(f"{_KINDS[kind]} {field}" for field, kind in kinds)
+    gives = "Tensor" if outputs == 1 else f"({', '.join(['Tensor'] * outputs)})"
+    LIBRARY.define(f"{name}({takes}) -> {gives}")
+    op = getattr(torch.ops.megalite, name).default
+
+    def ours(given: Any) -> bool:
+        return backend.takes(*(x for x in given if isinstance(x, Tensor)))
 
     def run(*args: Any) -> Any:
-        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
-        return (kernel if backend.takes(*tensors) else reference)(*args)
+        given = inputs(*args)
+        return kernel(given) if ours(given) else reference(given)
+
+    def call(*args: Any) -> Any:
+        given = inputs(*args)
+        return op(*given) if ours(given) else reference(given)
 
     for device in ("CPU", "CUDA"):
         LIBRARY.impl(name, run, device)
-    torch.library.register_fake(f"megalite::{name}", shapes, lib=LIBRARY)
-    return getattr(torch.ops.megalite, name).default
+    torch.library.register_fake(f"megalite::{name}", lambda *a: shapes(inputs(*a)), lib=LIBRARY)
+    return call

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,11 +28,6 @@ def attention_mask(
     return mask & (k >= starts[q].t()[:, None, :, None])
 
 
-def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
-    """Softmax of `scores` [b, n, q, k] over the k where `mask` holds; no key gives zeros."""
-    return scaled_softmax(scores, mask=mask)
-
-
 def scaled_softmax(
     scores: Tensor,
     *,
@@ -49,45 +44,40 @@ def scaled_softmax(
     before; `window`, with it: that many keys at most. A query that sees nothing gets zeros.
     """
     assert causal or window is None, "a window needs causal"
-    if not backend.takes(scores, mask, bias):
-        seen = _seen(scores, causal, window, mask)
-        scores = scores if scale == 1.0 else scores * scale
-        scores = scores if bias is None else scores + bias
-        scores = scores if seen is None else scores.masked_fill(~seen, -torch.inf)
-        top = scores.amax(-1, keepdim=True).detach()
-        weights = torch.exp(scores - torch.where(top.isinf(), torch.zeros_like(top), top))
-        total = weights.sum(-1, keepdim=True)
-        return weights / torch.where(total == 0, torch.ones_like(total), total)
-    given = (scores, mask, bias, causal, window or 0, scale)
-    if torch.is_grad_enabled() and scores.requires_grad:
-        return _Softmax.apply(*given)
-    return _forward_op(*given)
-
-
-def _seen(scores: Tensor, causal: bool, window: int | None, mask: Tensor | None) -> Tensor | None:
-    if not causal:
-        return mask
-    queries, keys = scores.shape[-2:]
-    at = torch.arange(keys, device=scores.device)
-    own = torch.arange(keys - queries, keys, device=scores.device)
-    seen = attention_mask(own, at, window)
-    return seen if mask is None else seen & mask
+    return _Softmax.apply(scores, mask, bias, causal, window or 0, scale)
 
 
 class _Softmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx, scores, mask, bias, causal, window, scale):
-        y = _forward_op(scores, mask, bias, causal, window, scale)
+        y = _forward(scores, mask, bias, causal, window, scale)
         ctx.save_for_backward(y)
         ctx.how = causal, window, scale
         return y
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        return _backward_op(dy, *ctx.saved_tensors, *ctx.how), None, None, None, None, None
+        return _backward(dy, *ctx.saved_tensors, *ctx.how), None, None, None, None, None
 
 
-# -- the ops -----------------------------------------------------------------------------------
+# -- forward -----------------------------------------------------------------------------------
+
+
+class _Forward(NamedTuple):
+    scores: Tensor
+    mask: Tensor | None
+    bias: Tensor | None
+    causal: bool
+    window: int
+    scale: float
+
+
+def _forward_kernel(a: _Forward) -> Tensor:
+    scores, y = a.scores.contiguous(), _forward_shapes(a)
+    hidden = *_strides(a.mask, scores), *_strides(a.bias, scores)
+    how = int(a.causal), a.window, a.scale
+    backend.launch("softmax_forward", scores, y, scores, *hidden, *scores.shape, *how)
+    return y
 
 
 def _strides(t: Tensor | None, like: Tensor) -> tuple[Tensor | None, int, int, int]:
@@ -101,85 +91,66 @@ def _strides(t: Tensor | None, like: Tensor) -> tuple[Tensor | None, int, int, i
     return whole, batch, head, query
 
 
-def _forward(
-    scores: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    causal: bool,
-    window: int,
-    scale: float,
-) -> Tensor:
-    scores = scores.contiguous()
-    y = torch.empty_like(scores)
-    whole_mask, whole_bias = _strides(mask, scores), _strides(bias, scores)
-    backend.launch(
-        "softmax_forward",
-        scores,
-        y,
-        scores,
-        *whole_mask,
-        *whole_bias,
-        *scores.shape,
-        int(causal),
-        window,
-        scale,
-    )
-    return y
+def _forward_shapes(a: _Forward) -> Tensor:
+    return torch.empty_like(a.scores, memory_format=torch.contiguous_format)
 
 
-def _forward_shapes(
-    scores: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    causal: bool,
-    window: int,
-    scale: float,
-) -> Tensor:
-    return torch.empty_like(scores, memory_format=torch.contiguous_format)
-
-
-def _forward_reference(
-    scores: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    causal: bool,
-    window: int,
-    scale: float,
-) -> Tensor:
-    wide = backend.wide(scores) * scale
-    wide = wide if bias is None else wide + backend.wide(bias)
-    seen = _seen(scores, causal, window or None, mask)
+def _forward_reference(a: _Forward) -> Tensor:
+    wide = backend.wide(a.scores)
+    wide = wide if a.scale == 1.0 else wide * a.scale
+    wide = wide if a.bias is None else wide + backend.wide(a.bias)
+    seen = _seen(a)
     wide = wide if seen is None else wide.masked_fill(~seen, -torch.inf)
-    return torch._safe_softmax(wide, -1).to(scores.dtype)
+    return torch._safe_softmax(wide, -1).to(a.scores.dtype)
 
 
-def _backward(dy: Tensor, y: Tensor, causal: bool, window: int, scale: float) -> Tensor:
-    dy = dy.contiguous()
-    dx = torch.empty_like(y)
-    backend.launch("softmax_backward", y, dx, dy, y, *y.shape, int(causal), window, scale)
+def _seen(a: _Forward) -> Tensor | None:
+    if not a.causal:
+        return a.mask
+    queries, keys = a.scores.shape[-2:]
+    own, at = (torch.arange(first, keys, device=a.scores.device) for first in (keys - queries, 0))
+    seen = attention_mask(own, at, a.window or None)
+    return seen if a.mask is None else seen & a.mask
+
+
+# -- backward ----------------------------------------------------------------------------------
+
+
+class _Backward(NamedTuple):
+    dy: Tensor
+    y: Tensor
+    causal: bool
+    window: int
+    scale: float
+
+
+def _backward_kernel(a: _Backward) -> Tensor:
+    dy, dx = a.dy.contiguous(), torch.empty_like(a.y)
+    how = int(a.causal), a.window, a.scale
+    backend.launch("softmax_backward", a.y, dx, dy, a.y, *a.y.shape, *how)
     return dx
 
 
-def _backward_shapes(dy: Tensor, y: Tensor, causal: bool, window: int, scale: float) -> Tensor:
-    return torch.empty_like(y)
+def _backward_reference(a: _Backward) -> Tensor:
+    """What weighs nothing adds nothing, whatever its gradient is, even where that is NaN."""
+    wide, along = backend.wide(a.y), backend.wide(a.dy).masked_fill(a.y == 0, 0.0)
+    dx = a.scale * wide * (along - (wide * along).sum(-1, keepdim=True))
+    return dx.masked_fill(a.y == 0, 0.0).to(a.y.dtype)
 
 
-def _backward_reference(dy: Tensor, y: Tensor, causal: bool, window: int, scale: float) -> Tensor:
-    wide, along = backend.wide(y), backend.wide(dy).masked_fill(y == 0, 0.0)
-    dx = scale * wide * (along - (wide * along).sum(-1, keepdim=True))
-    return dx.masked_fill(y == 0, 0.0).to(y.dtype)
-
-
-_forward_op: Any = define(
-    "softmax(Tensor scores, Tensor? mask, Tensor? bias, bool causal, int window, float scale)"
-    " -> Tensor",
-    kernel=_forward,
+_forward = define(
+    "softmax",
+    _Forward,
+    1,
+    kernel=_forward_kernel,
     reference=_forward_reference,
     shapes=_forward_shapes,
 )
-_backward_op: Any = define(
-    "softmax_backward(Tensor dy, Tensor y, bool causal, int window, float scale) -> Tensor",
-    kernel=_backward,
+_backward = define(
+    "softmax_backward",
+    _Backward,
+    1,
+    kernel=_backward_kernel,
     reference=_backward_reference,
-    shapes=_backward_shapes,
+    shapes=lambda a: torch.empty_like(a.y),
 )

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megalite.core.call import Call
+from megalite.core.call import Call, run_jobs
 from megalite.core.mesh import Mesh
 from megalite.parallel.p2p import Pipes, free_storage
 from megalite.schedule.action import (
@@ -169,9 +169,7 @@ class Pipeline:
     @torch.no_grad()
     def _weights(self, action: Action, nothing: None) -> None:
         self.enter(action.microbatch)
-        jobs = self.later.pop((action.stage, action.microbatch))
-        while jobs:
-            jobs.pop(0)()  # and let go of what it holds
+        run_jobs(self.later.pop((action.stage, action.microbatch)))
 
     def _reduce(self, action: Action, nothing: None) -> None:
         self.reduce(action.stage)

@@ -39,7 +39,7 @@ class Part:
 class LayerBytes:
     """One layer and one microbatch of a config."""
 
-    def __init__(self, config: Config, dtype: torch.dtype, *, on_cpu: bool):
+    def __init__(self, config: Config, dtype: torch.dtype):
         model, layout = config.model, config.layout
         self.model, self.layout = model, layout
         self.size, self.wide = dtype.itemsize, acc_dtype(dtype).itemsize
@@ -54,20 +54,15 @@ class LayerBytes:
         kv_heads = max(model.kv_heads, layout.tp) // layout.tp
         self.kv = self.rows * kv_heads * model.head_dim * self.size
         self.inner = self.rows * model.ffn // layout.tp * self.size
-        self.on_cpu = on_cpu
         self.gated = model.activation == "swiglu"
         self.up = self.inner * (2 if self.gated else 1)
 
     @property
     def norm(self) -> Part:
-        """Statistics of each row in at least float32: mean and spread, or the latter alone.
-
-        On CPU torch writes RMSNorm out, and keeps the rows before they are multiplied by weights.
-        """
+        """Statistics of each row in at least float32: mean and spread, or the latter alone."""
         statistics = 2 if self.model.norm == "layernorm" else 1
         rows = self.stream / self.model.hidden_size / self.size
-        written_out = self.on_cpu and self.model.norm == "rmsnorm"
-        return Part(statistics * rows * self.wide + written_out * self.stream, self.stream)
+        return Part(statistics * rows * self.wide, self.stream)
 
     @property
     def activation(self) -> Part:

@@ -79,7 +79,7 @@ def stage_memory(config: Config, world_size: int, pp_idx: int, dtype: torch.dtyp
     )
     activations, working = _moving(config, schedule, pp_idx, mine, dtype)
     if zero >= 1 and ways > 1 and _on_cpu(config, dtype):
-        layer = LayerBytes(config, dtype, on_cpu=True).kept(config.layout.recompute)
+        layer = LayerBytes(config, dtype).kept(config.layout.recompute)
         working = _with_copies([flat for flat, _ in buckets], zero, working, activations, layer)
     if config.layout.post_validation:
         # Weights, states and gradients as they were, until the first forwards of a step are done.
@@ -139,7 +139,7 @@ def _moving(
     config: Config, schedule: Schedule, pp_idx: int, mine: dict[int, int], dtype: torch.dtype
 ) -> tuple[float, float]:
     """What the microbatches under way keep, and the most that is held beside it."""
-    layer = LayerBytes(config, dtype, on_cpu=_on_cpu(config, dtype))
+    layer = LayerBytes(config, dtype)
     last = schedule.num_stages - 1
     split = schedule.splits_backward
     stages = [

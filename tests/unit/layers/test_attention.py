@@ -11,7 +11,7 @@ from megalite.core.mesh import Mesh
 from megalite.core.params import initialize
 from megalite.layers.attention import Attention
 from megalite.layers.rope import Rope
-from megalite.ops.softmax import attention_mask, masked_softmax
+from megalite.ops.softmax import attention_mask, scaled_softmax
 
 CFG = ModelConfig(hidden_size=16, num_heads=4, num_kv_heads=2, seq_len=8, init_std=0.5)
 
@@ -55,10 +55,9 @@ def test_attention_dropout_is_off_in_evaluation():
     assert not torch.allclose(attention(x, call), plain)
 
 
-def test_masked_softmax_of_a_row_with_no_key_is_zero():
-    weights = masked_softmax(
-        torch.randn(1, 1, 2, 3), torch.tensor([[True, False, True], [False] * 3])
-    )
+def test_softmax_of_a_row_with_no_key_is_zero():
+    seen = torch.tensor([[True, False, True], [False] * 3])
+    weights = scaled_softmax(torch.randn(1, 1, 2, 3), mask=seen)
     assert weights[0, 0, 1].tolist() == [0, 0, 0]
     torch.testing.assert_close(weights[0, 0, 0].sum(), torch.tensor(1.0))
 
