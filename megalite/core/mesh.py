@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megalite.core import host_group
 from megalite.core.log import CollectiveLog
 
 AXES = ("pp", "dp", "cp", "tp")
@@ -203,8 +204,11 @@ def connect(
 ) -> None:
     """Join the process group that torchrun described; a world of one rank joins nothing.
 
+    `backend` is gloo, nccl, or `host`: gloo through the host's memory, where ranks share a GPU.
     `meet_at` is a new file that ranks of this host find each other by, in place of torchrun.
     """
+    if backend == host_group.BACKEND:
+        host_group.register()
     if world_size > 1 and not dist.is_initialized():
         bound = device if backend == "nccl" else None
         store = dist.FileStore(str(meet_at), world_size) if meet_at is not None else None

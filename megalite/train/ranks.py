@@ -3,7 +3,8 @@
     with Ranks() as ranks:
         results, output = ranks.run("megalite.train.verify:compare", 4, kwargs={...}, timeout=60)
 
-Each job's ranks are new processes with gloo between them. What the warm process does: zygote.py.
+Each job's ranks are new processes with gloo between them; on GPUs with NCCL where each has its own.
+What the warm process does: zygote.py.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Answer(NamedTuple):
 class Ranks:
     """The warm process, started at the first job and ended by `close`."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
         self.process: subprocess.Popen[bytes] | None = None
         self.unread = b""
 
@@ -57,7 +59,7 @@ class Ranks:
         if self.process is None:
             self.start()
         assert self.process is not None and self.process.stdin is not None
-        job = {"target": target, "world": world, "kwargs": kwargs}
+        job = {"target": target, "world": world, "device": self.device, "kwargs": kwargs}
         line = json.dumps({**job, "timeout": timeout, "grace": grace}) + "\n"
         self.process.stdin.write(line.encode())
         answer = self.read(timeout + SPARE_SECONDS)

@@ -38,7 +38,6 @@ from megalite.train.steps import Steps
 
 # s sequence, b micro batch
 
-CPU = torch.device("cpu")
 MASKED = 0.15
 """Share of labels that take no part, drawn per sample."""
 KINDS = ("init", "grad", "weights", "update", "loss", "norm")
@@ -143,11 +142,14 @@ def _urgency(gap: Gap) -> tuple[int, int, bool, float]:
     return gap.step, KINDS.index(gap.kind), len(gap.index) < 2, -gap.error
 
 
-def engine_of(config: Config, rank: int, world: int, precision: str, **kwargs: Any) -> Engine:
-    """The engine of this rank, on gloo where there is more than one."""
+def engine_of(
+    config: Config, rank: int, world: int, precision: str, device: str = "cpu", **kwargs: Any
+) -> Engine:
+    """The engine of this rank, in the process group that there is."""
     kind = "real" if world > 1 else "single"
     mesh = Mesh(mesh_sizes(config, world), rank=rank, kind=kind, factors=mesh_factors(config))
-    return build_engine(config, mesh, device=CPU, dtype=DTYPES[precision], **kwargs)
+    here = torch.device(device, torch.cuda.current_device() if device == "cuda" else None)
+    return build_engine(config, mesh, device=here, dtype=DTYPES[precision], **kwargs)
 
 
 def calls_of(engine: Engine, step: int, varying: bool, blank: Sequence[int] = ()) -> list[Call]:
@@ -180,12 +182,12 @@ def calls_of(engine: Engine, step: int, varying: bool, blank: Sequence[int] = ()
             starts = _columns([source.starts(number) for number in numbers])[: max(lengths)]
         calls.append(
             make_call(
-                inputs,
-                tokens[1:].masked_fill(masked, IGNORE),
-                torch.arange(first, first + size),
+                inputs.to(engine.device),
+                tokens[1:].masked_fill(masked, IGNORE).to(engine.device),
+                torch.arange(first, first + size, device=engine.device),
                 seq_cut=cut,
                 context=context,
-                starts=starts,
+                starts=None if starts is None else starts.to(engine.device),
             )
         )
     return calls
@@ -382,7 +384,7 @@ def _compare_grads(
         for box in bucket.layout.boxes(bucket.updated, lambda slot: slot.shard.pieces(axes)):
             slot = box.slot
             whole = want[f"{step}/grad/{slot.name}"]
-            ours = (box.of(bucket.grads, base).double() * correction).numpy()
+            ours = (box.of(bucket.grads, base).double() * correction).cpu().numpy()
             floor = max(float(np.abs(whole).max()), 1e-3 * _layer_rms(slot.name, step, want))
             part = Part(slot.name, box.whole, in_words(slot.shard))
             findings.see_tensor("grad", step, part, ours=ours, whole=whole, floor=floor)
@@ -407,8 +409,9 @@ def _compare_weights(engine: Engine, step: int, under: str, want: dict, findings
             whole = want[f"{under}/{name}"]
             floor = max(1e-3, float(np.abs(whole).max()))
             inside = np.zeros(param.shape, dtype=bool)
+            values = param.detach().double().cpu().clone().numpy()
             for piece in traits.shard.pieces(traits.axes):
-                ours = param.detach()[slices(piece.local)].double().clone().numpy()
+                ours = values[slices(piece.local)]
                 part = Part(name, piece.whole, in_words(traits.shard))
                 kinds = (
                     (("init", floor),)
@@ -419,7 +422,7 @@ def _compare_weights(engine: Engine, step: int, under: str, want: dict, findings
                     findings.see_tensor(kind, step, part, ours=ours, whole=whole, floor=unit)
                 inside[slices(piece.local)] = True
             # Padding rows stay zero, as they begin: no update ever reaches them.
-            outside = float(np.abs(param.detach().double().clone().numpy()[~inside]).sum())
+            outside = float(np.abs(values[~inside]).sum())
             if outside != 0:
                 gap = Gap("init", f"{name} (padding)", step, math.inf, outside, 0.0)
                 findings.see(replace(gap, shard=in_words(traits.shard)))

@@ -22,7 +22,9 @@ from typing import Any
 from megalite.core.check import check_precision
 from megalite.core.config import Config, LayoutConfig, ModelConfig
 from megalite.core.errors import RunError, UserError
+from megalite.core.world import World
 from megalite.train.as_ranks import rounding_of
+from megalite.train.build import pick_device
 from megalite.train.covering import Coverage, Drawn, Space, draw_rows, name_of, small_ramp
 from megalite.train.own_files import check_own_code
 from megalite.train.ranks import Ranks
@@ -70,10 +72,10 @@ def verify(run: VerifyRun) -> int:
         base = replace(config, optim=_optim(config))
         drawn, coverage = draw_rows(Space(base, asked.max_ranks), asked.random, config.train.seed)
         rows = [Row(d.name, d.config, d.world, d.row["lengths_vary"]) for d in drawn]
-    print("\n".join(head(precision, asked.steps, asked.fixed_order)))
+    print("\n".join(head(precision, asked.steps, asked.fixed_order, config.train.device)))
     print(f"\n{HEADER}", flush=True)
     results = []
-    with Ranks() as ranks, tempfile.TemporaryDirectory(prefix="megalite-verify-") as folder:
+    with Ranks(config.train.device) as ranks, tempfile.TemporaryDirectory(prefix="megalite-verify-") as folder:
         for row in rows:
             numbers = numbers_of(row, precision, asked.fixed_order)
             results.append(compare_row(row, ranks, Path(folder), numbers, asked.steps))
@@ -93,20 +95,23 @@ def verify(run: VerifyRun) -> int:
 
 def _without_verify(run: VerifyRun) -> Config:
     config = Config(**{f.name: getattr(run, f.name) for f in dataclasses.fields(Config)})
-    return replace(config, train=replace(config.train, device=_device(config)))
+    device = _device(config, run.verify.fixed_order)
+    return replace(config, train=replace(config.train, device=device))
 
 
-def _device(config: Config) -> Any:
-    if config.train.device == "cuda":
-        raise UserError("--device cuda: verify runs on CPU so far (use --device cpu)")
+def _device(config: Config, fixed_order: bool) -> Any:
     if config.train.dry_run:
         raise UserError("--dry-run: verify is about numbers, so it must run (leave it out)")
-    return "cpu"
+    if config.train.device == "cuda" and fixed_order:
+        raise UserError("--device cuda: sums of --fixed-order are exact on CPU only (leave it out)")
+    if fixed_order:
+        return "cpu"
+    return pick_device(config, World()).type
 
 
 def _precision(config: Config) -> str:
     asked = config.train.precision
-    check_precision(asked, "cpu")
+    check_precision(asked, config.train.device)
     return "fp64" if asked == "auto" else asked
 
 
@@ -228,6 +233,7 @@ def compare_row(row: Row, ranks: Ranks, folder: Path, numbers: Numbers, steps: i
     start = time.monotonic()
     ref = str(reference_of(row, ranks, folder, steps, numbers))
     common = {"precision": numbers.precision, "varying": row.lengths_vary, "steps": steps}
+    common["device"] = ranks.device
 
     def run(config: Config, world: int, **later: Any) -> list[dict]:
         asked = {**common, "ref": ref, "bounds": numbers.bounds, "config": config.to_dict()}

@@ -11,6 +11,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from megalite.core.config import Config
 from megalite.train.covering import TRIPLES, Combo, Coverage, Drawn
 from megalite.train.verify import CLOSE, CLOSE_LATER, NO_BIT, TOL, Gap
@@ -68,9 +70,10 @@ class Result:
         return self.first is None and not self.trouble
 
 
-def head(precision: str, steps: int, fixed_order: bool) -> list[str]:
+def head(precision: str, steps: int, fixed_order: bool, device: str) -> list[str]:
     """What is compared, and how far numbers may be off."""
-    lines = [f"megalite verify: {precision} against one process in fp64, {steps} steps, on CPU"]
+    where = "on CPU" if device == "cpu" else f"on {torch.cuda.get_device_name()}"
+    lines = [f"megalite verify: {precision} against one process in fp64, {steps} steps, {where}"]
     if fixed_order:
         return [
             *lines,

@@ -39,7 +39,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megalite.core import mesh
+from megalite.core import host_group, mesh
 
 TAIL_LINES = 60
 """How much of a rank's output an error shows."""
@@ -209,15 +209,20 @@ def call(rank: int, job: dict, folder: Path) -> object:
     """What the job's target returns on this rank."""
     module, _, name = job["target"].partition(":")
     target = getattr(importlib.import_module(module), name)
-    world = job["world"]
+    world, backend, device = job["world"], "gloo", torch.device("cpu")
+    if job["device"] == "cuda":
+        gpus = torch.cuda.device_count()
+        backend = "nccl" if world <= gpus else host_group.BACKEND
+        device = torch.device("cuda", rank % gpus)
+        torch.cuda.set_device(device)
     if world == 1:
         return target(0, 1, **job["kwargs"])
     mesh.connect(
         rank=rank,
         world_size=world,
-        backend="gloo",
+        backend=backend,
         timeout=timedelta(seconds=job["timeout"]),
-        device=torch.device("cpu"),
+        device=device,
         meet_at=folder / "store",
     )
     result = target(rank, world, **job["kwargs"])
