@@ -31,7 +31,12 @@ FLOORS = {
 }
 ENVIRONMENT_FLOOR = 6
 FRONT_DOOR = "megalite/__main__.py"
-DISTRIBUTED_FILES = ("megalite/core/comm.py", "megalite/core/mesh.py", "megalite/parallel/p2p.py")
+DISTRIBUTED_FILES = (
+    "megalite/core/host_group.py",
+    "megalite/core/comm.py",
+    "megalite/core/mesh.py",
+    "megalite/parallel/p2p.py",
+)
 ACC_DTYPE_FILE = "megalite/core/params.py"
 TORCH_LOAD_FILE = "megalite/train/convert.py"
 CONFIG_FILE = "megalite/core/config.py"

@@ -1,4 +1,4 @@
-"""Gloo for tensors on a GPU: many ranks share one, which NCCL refuses, and every layout can be tried.
+"""Gloo for tensors on a GPU: many ranks can share one, which NCCL refuses, to try any layout.
 
 A process group of torch's whose transfers go through copies on the host. It is there for
 correctness: each copy waits for the GPU. comm.py and p2p.py see a group like any other.

@@ -75,7 +75,8 @@ def verify(run: VerifyRun) -> int:
     print("\n".join(head(precision, asked.steps, asked.fixed_order, config.train.device)))
     print(f"\n{HEADER}", flush=True)
     results = []
-    with Ranks(config.train.device) as ranks, tempfile.TemporaryDirectory(prefix="megalite-verify-") as folder:
+    scratch = tempfile.TemporaryDirectory(prefix="megalite-verify-")
+    with Ranks(config.train.device) as ranks, scratch as folder:
         for row in rows:
             numbers = numbers_of(row, precision, asked.fixed_order)
             results.append(compare_row(row, ranks, Path(folder), numbers, asked.steps))
