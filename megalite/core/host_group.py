@@ -15,6 +15,8 @@ from torch import Tensor
 
 BACKEND = "host"
 """The name that init_process_group knows it by, once `register` has run."""
+_Group: Any = dist.ProcessGroup  # whose stubs have more forms of each method than are called
+_Gloo: Any = dist.ProcessGroupGloo
 
 
 def register() -> None:
@@ -47,12 +49,12 @@ class _Work(dist.Work):
         return self._work.is_completed()
 
 
-class HostGroup(dist.ProcessGroup):
+class HostGroup(_Group):
     """The collectives that megalite uses, of tensors anywhere."""
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta):
         super().__init__(rank, size)
-        self._gloo = dist.ProcessGroupGloo(store, rank, size, timeout)
+        self._gloo = _Gloo(store, rank, size, timeout)
 
     def getBackendName(self) -> str:
         """What `torch.distributed.get_backend` gives."""

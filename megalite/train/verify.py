@@ -148,7 +148,7 @@ def engine_of(
     """The engine of this rank, in the process group that there is."""
     kind = "real" if world > 1 else "single"
     mesh = Mesh(mesh_sizes(config, world), rank=rank, kind=kind, factors=mesh_factors(config))
-    here = torch.device(device, torch.cuda.current_device() if device == "cuda" else None)
+    here = torch.device("cpu" if device == "cpu" else f"cuda:{torch.cuda.current_device()}")
     return build_engine(config, mesh, device=here, dtype=DTYPES[precision], **kwargs)
 
 
