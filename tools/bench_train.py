@@ -1,6 +1,7 @@
 """Times a training step of any layout on a seeded Markov chain: wall, CPU seconds, memory.
 
     python tools/bench_train.py --workload gpt-10m --layouts one,tp2pp2dp2 --rounds 3 --json OUT
+    python tools/bench_train.py --workload gpt3-1.3b --layouts one --device cuda --steps 50
 
 A layout is `one` or axes with sizes (tp2, pp2dp2, tp2pp2dp2); a schedule, `zero0` or `nosp` (no
 sequence parallelism) may follow: tp2pp2+zb-h1+zero0. Rounds are interleaved, so that a drift of the
@@ -14,7 +15,6 @@ import argparse
 import json
 import os
 import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -28,9 +28,12 @@ from megalite.core.config import Config, LayoutConfig, ModelConfig, OptimConfig,
 from megalite.core.mesh import disconnect
 from megalite.core.world import World
 from megalite.data.loader import Synthetic
+from megalite.models.build import token_flops
+from megalite.models.presets import PRESETS, num_parameters
 from megalite.schedule.generators import SCHEDULES
 from megalite.train.build import build_engine, build_loader, build_mesh, pick_device, pick_dtype
 from megalite.train.loop import train_step
+from megalite.train.metrics import peak_memory_gb
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,8 +44,14 @@ WORKLOADS = {
                 "vocab_size": 16384, "micro_batch_size": 2, "global_batch_size": 8},
     "tiny": {"num_layers": 4, "hidden_size": 64, "num_heads": 4, "seq_len": 64, "vocab_size": 512,
              "micro_batch_size": 2, "global_batch_size": 8},
+    # For one GPU of 80 GB or more.
+    "gpt2-124m": PRESETS["gpt2-124m"] | {"micro_batch_size": 32, "global_batch_size": 64},
+    "gpt3-1.3b": PRESETS["gpt3-1.3b"] | {"micro_batch_size": 4, "global_batch_size": 16},
+    # The width of llama-7b at half its depth, which leaves room for the optimizer's states.
+    "llama-7b-wide": PRESETS["llama-7b"] | {"num_layers": 16, "seq_len": 4096,
+                                            "micro_batch_size": 1, "global_batch_size": 4},
 }  # fmt: skip
-FIELDS = ("cpu_s_per_step", "step_ms", "tokens_per_s", "peak_rss_mb", "loss_first", "loss_last")
+FIELDS = ("cpu_s_per_step", "step_ms", "tokens_per_s", "tflops_per_rank", "peak_mb")
 
 
 def parse_layout(name: str) -> dict[str, object]:
@@ -80,7 +89,7 @@ def worker(args: argparse.Namespace) -> None:
         model=ModelConfig(**values),
         layout=LayoutConfig(**parse_layout(args.worker)),
         optim=OptimConfig(lr=3e-4, warmup_steps=4),
-        train=TrainConfig(**batch, device=args.device),
+        train=TrainConfig(**batch, device=args.device, ops_backend=args.ops_backend),
     )
     world = World.from_environment(os.environ)
     config.check(world.size)
@@ -98,12 +107,8 @@ def worker(args: argparse.Namespace) -> None:
         walls.append(time.perf_counter() - wall)
         cpus.append(time.process_time() - cpu)
     spent = comm.all_reduce(torch.tensor(cpus, dtype=torch.float64, device=device), mesh.world)
-    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-        2**20 if sys.platform == "darwin" else 2**10
-    )
-    peak = comm.all_reduce(
-        torch.tensor([rss], dtype=torch.float64, device=device), mesh.world, op="max"
-    )
+    held = torch.tensor([1024 * peak_memory_gb(device)], dtype=torch.float64, device=device)
+    peak = comm.all_reduce(held, mesh.world, op="max")
     if mesh.rank == 0:
         seconds = statistics.median(walls[args.warmup :])
         tokens = config.train.global_batch_size * config.model.seq_len
@@ -112,10 +117,14 @@ def worker(args: argparse.Namespace) -> None:
             "layout": args.worker,
             "workload": args.workload,
             "world": world.size,
+            "ops_backend": args.ops_backend,
+            "params": num_parameters(config.model),
+            "tokens_per_step": tokens,
             "cpu_s_per_step": statistics.median(spent.tolist()[args.warmup :]),
             "step_ms": 1000 * seconds,
             "tokens_per_s": tokens / seconds,
-            "peak_rss_mb": peak.item(),
+            "tflops_per_rank": 1e-12 * token_flops(config.model) * tokens / seconds / world.size,
+            "peak_mb": peak.item(),
             "loss_first": losses[0],
             "loss_last": losses[-1],
         }
@@ -128,6 +137,7 @@ def run_once(layout: str, args: argparse.Namespace) -> dict:
     world = ranks_of(parse_layout(layout))
     own = ["--worker", layout, "--workload", args.workload, "--steps", str(args.steps)]
     own += ["--warmup", str(args.warmup), "--threads", str(args.threads), "--device", args.device]
+    own += ["--ops-backend", args.ops_backend]
     env = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "PYTHONPATH": str(ROOT)}
     env["OMP_WAIT_POLICY"] = "passive"  # idle threads that spin would count as CPU seconds
     env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
@@ -154,8 +164,8 @@ def summary(rows: list[dict], layouts: list[str]) -> None:
     """Print medians over rounds, and CPU seconds as a ratio to the first layout, pair by pair."""
     base = [r["cpu_s_per_step"] for r in rows if r["layout"] == layouts[0]]
     print(
-        f"{'layout':<22}{'world':>6}{'cpu s/step':>12}{'step ms':>10}{'tok/s':>9}{'rss MB':>8}"
-        f"  cpu ratio to {layouts[0]}"
+        f"{'layout':<22}{'world':>6}{'cpu s/step':>12}{'step ms':>10}{'tok/s':>9}"
+        f"{'TFLOP/s':>9}{'peak MB':>9}  cpu ratio to {layouts[0]}"
     )
     for layout in layouts:
         mine = [r for r in rows if r["layout"] == layout]
@@ -164,7 +174,8 @@ def summary(rows: list[dict], layouts: list[str]) -> None:
         spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
         print(
             f"{layout:<22}{mine[0]['world']:>6}{middle['cpu_s_per_step']:>12.2f}{middle['step_ms']:>10.0f}"
-            f"{middle['tokens_per_s']:>9.0f}{middle['peak_rss_mb']:>8.0f}  {spread}"
+            f"{middle['tokens_per_s']:>9.0f}{middle['tflops_per_rank']:>9.2f}"
+            f"{middle['peak_mb']:>9.0f}  {spread}"
         )
 
 
@@ -182,6 +193,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="runs of each layout, interleaved")
     parser.add_argument("--threads", type=int, default=1, help="threads of each rank")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda", "auto"))
+    parser.add_argument("--ops-backend", default="auto", choices=("auto", "fused", "torch", "apex"))
     parser.add_argument("--json", metavar="OUT", help="write every round's row")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()

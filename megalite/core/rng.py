@@ -58,7 +58,7 @@ def normal(key: int, index: Tensor) -> Tensor:
 
 def rows(key: int, *coordinates: Tensor) -> Tensor:
     """A key for each element of the broadcast int64 coordinates; `mix(key ^ column)` uses it."""
-    hashed = torch.tensor(key, dtype=torch.int64, device=coordinates[0].device)
-    for c in coordinates:
+    hashed = mix(coordinates[0] ^ key)
+    for c in coordinates[1:]:
         hashed = mix(hashed ^ c)
     return hashed

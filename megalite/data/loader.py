@@ -174,7 +174,7 @@ class Loader:
         if self.reset_attention_mask:
             one = np.zeros(len(both) - 1)
             starts = self._columns([one if k is None else self.source.starts(k) for k in windows])
-        samples = torch.tensor(numbers, dtype=torch.int64, device=self.device)
+        samples = self._to_device(torch.tensor(numbers, dtype=torch.int64))
         return make_call(
             both[:-1].clamp(min=0),
             both[1:].contiguous(),
@@ -188,8 +188,12 @@ class Loader:
         return np.full(len(self.source.window(0)), IGNORE) if k is None else self.source.window(k)
 
     def _columns(self, rows: Sequence[np.ndarray]) -> torch.Tensor:
-        columns = torch.from_numpy(np.stack(rows).astype(np.int64).T.copy())
-        return columns.to(self.device, non_blocking=True)
+        return self._to_device(torch.from_numpy(np.stack(rows).astype(np.int64).T.copy()))
+
+    def _to_device(self, x: torch.Tensor) -> torch.Tensor:
+        """A GPU takes what is pinned while the host goes on."""
+        pinned = x.pin_memory() if self.device.type == "cuda" else x
+        return pinned.to(self.device, non_blocking=True)
 
 
 def permuted(idx: int, n: int, key: int) -> int:

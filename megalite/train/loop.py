@@ -80,7 +80,8 @@ def forward_backward(
     """
     train, dp = engine.config.train, engine.mesh.axis("dp")
     expected = len(calls) * train.micro_batch_size * dp.size * engine.config.model.seq_len
-    seed = torch.tensor(1.0 / expected, dtype=_wide(engine.dtype), device=engine.device)
+    # Filled in, not copied there: a copy from the host would wait for the GPU.
+    seed = torch.full((), 1.0 / expected, dtype=_wide(engine.dtype), device=engine.device)
     log = engine.mesh.log
     count = torch.zeros((), dtype=torch.float64, device=engine.device)
     if engine.counts_loss:
@@ -100,7 +101,7 @@ def forward_backward(
             engine.optimizer.sum_of_squares(),
             loss.double() * engine.counts_loss,
             count,
-            count.new_tensor(float(stop)),
+            torch.full_like(count, float(stop)),
         )
     )
     return Reduced(expected, comm.all_reduce_start(mine, engine.mesh.world), early)

@@ -24,7 +24,7 @@ from megalite.core import mesh as mesh_module
 from megalite.core.config import FILES, Config
 from megalite.core.errors import CheckpointError, RunError, UserError
 from megalite.core.world import World
-from megalite.models.build import head_flops, layer_flops
+from megalite.models.build import token_flops
 from megalite.optim.lr import learning_rate
 from megalite.schedule.simulate import bubble
 from megalite.train import console
@@ -163,7 +163,11 @@ class Run:
             "grad_norm": None,
             "step_ms": 1000 * seconds,
             "tokens_per_s": per_step / seconds,
-            "tflops_per_rank": _token_flops(config) * per_step / seconds / self.world.size / 1e12,
+            "tflops_per_rank": token_flops(config.model)
+            * per_step
+            / seconds
+            / self.world.size
+            / 1e12,
             "mfu": None,
             "peak_mem_gb": peak_memory_gb(self.device),
             "loss_scale": None,
@@ -359,12 +363,6 @@ class Run:
 
 def _due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
-
-
-def _token_flops(config: Config) -> float:
-    """Model flops of a token in training: three forwards, causal attention."""
-    model = config.model
-    return 3 * (model.num_layers * layer_flops(model) + head_flops(model))
 
 
 def _check_same_model(config: Config, manifest: mf.Manifest, directory: Path) -> None:

@@ -1,0 +1,460 @@
+"""Times each op on a GPU: our kernel, torch, torch.compile; Liger and Apex if installed.
+
+    python tools/bench_kernels.py --rounds 50 --json OUT
+    python tools/bench_kernels.py --dry-run               tiny sizes on a CPU, by the references
+
+The limit of each is a plain copy on the device of as many bytes as the op must move, timed in the
+same run: `of copy` is the copy's time over the op's. Calls are replayed from CUDA graphs, so that
+no time of the host is in them, each after the L2 cache was overwritten; figures are medians.
+`off` is the largest difference of our result from torch's, over torch's largest number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+# Run from a checkout that is not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megalite.core.errors import UserError
+from megalite.core.mesh import Mesh
+from megalite.layers.loss import cross_entropy_sum
+from megalite.ops import backend
+from megalite.ops.adamw import adamw_
+from megalite.ops.library import NoKernels
+from megalite.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from megalite.ops.softmax import scaled_softmax
+
+EPS = 1e-5
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op of one shape, as several systems compute it."""
+
+    op: str
+    shape: tuple[int, ...]
+    nbytes: int
+    """What any of them must read and write."""
+    systems: dict[str, Call]
+    goal: float | None = None
+    """The least share of the copy's speed."""
+    most_ms: float | None = None
+    over_torch: float | None = None
+    """How many times torch's speed it should be."""
+    same: bool = True
+    """Systems give the same numbers: not where they change what they are given."""
+
+
+@dataclass
+class Sizes:
+    """What the ops are timed at."""
+
+    rows: int = 8192
+    widths: tuple[int, ...] = (1024, 4096, 8192, 12288)
+    scores: tuple[int, ...] = (8, 32, 2048, 2048)
+    logits: tuple[int, int] = (8192, 128256)
+    params: int = 124_000_000
+    device: torch.device = field(default_factory=lambda: torch.device("cuda"))
+    dtype: torch.dtype = torch.bfloat16
+
+    def drawn(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Normal numbers."""
+        return torch.randn(shape, device=self.device, dtype=dtype or self.dtype)
+
+
+DRY = partial(
+    Sizes,
+    rows=8,
+    widths=(4096,),
+    scores=(2, 2, 16, 16),
+    logits=(16, 512),
+    params=1000,
+    device=torch.device("cpu"),
+)
+
+
+def with_others(ours: Call, torchs: Callable[..., Any], *args: Any, **others: Call) -> dict:
+    """Ours, torch's formula, the same compiled, and what else is installed."""
+    compiled = torch.compile(torchs, dynamic=False)
+    return {
+        "megalite": ours,
+        "torch": partial(torchs, *args),
+        "torch.compile": partial(compiled, *args),
+        **others,
+    }
+
+
+def backward_of(call: Call, leaves: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> Call:
+    """The backward alone of what `call` computes, again and again."""
+    made: list[Any] = []
+
+    def run() -> Any:
+        if not made:
+            outs = call()
+            made.append(outs if isinstance(outs, tuple) else (outs,))
+        return torch.autograd.grad(made[0], leaves, grads, retain_graph=True)
+
+    return run
+
+
+# -- the cases ---------------------------------------------------------------------------------
+
+
+def norms(sizes: Sizes) -> Iterator[Case]:
+    """LayerNorm and RMSNorm, alone and after a residual's addition."""
+    for h in sizes.widths:
+        yield from _norm_cases(sizes, "layer norm", h, with_bias=True)
+        yield from _norm_cases(sizes, "rms norm", h, with_bias=False)
+
+
+def _norm_cases(sizes: Sizes, name: str, h: int, *, with_bias: bool) -> Iterator[Case]:
+    rows = sizes.rows
+    x, residual, dy, dtotal = (sizes.drawn(rows, h) for _ in range(4))
+    weight, bias = sizes.drawn(h), sizes.drawn(h) if with_bias else None
+    leaves = (x, residual, weight) + ((bias,) if bias is not None else ())
+    for leaf in leaves:
+        leaf.requires_grad_()
+    element, wide_enough = x.element_size(), h >= 4096
+    known = _peers_norm(x, weight, bias)
+
+    def formula(x: Tensor) -> Tensor:
+        if bias is None:
+            return F.rms_norm(x, (h,), weight, EPS)
+        return F.layer_norm(x, (h,), weight, bias, EPS)
+
+    def added(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + residual
+        return total, formula(total)
+
+    def ours() -> Tensor:
+        return rms_norm(x, weight, EPS) if bias is None else layer_norm(x, weight, bias, EPS)
+
+    def ours_added() -> tuple[Tensor, Tensor]:
+        if bias is None:
+            return add_rms_norm(x, residual, weight, EPS)
+        return add_layer_norm(x, residual, weight, bias, EPS)
+
+    def case(op: str, moved: int, systems: dict, goal: float, **more: Any) -> Case:
+        nbytes = moved * rows * h * element
+        return Case(op, (rows, h), nbytes, systems, goal if wide_enough else None, **more)
+
+    alone = tuple(leaf for leaf in leaves if leaf is not residual)
+    forward = with_others(ours, formula, x, **known)
+    yield case(name, 2, {n: _without_grad(call) for n, call in forward.items()}, 0.95)
+    back = {n: backward_of(call, alone, (dy,)) for n, call in forward.items()}
+    yield case(f"{name} backward", 3, back, 0.88, over_torch=2.0 if wide_enough else None)
+    forward = with_others(ours_added, added, x, residual)
+    yield case(f"add + {name}", 4, {n: _without_grad(c) for n, c in forward.items()}, 0.95)
+    back = {n: backward_of(call, leaves, (dtotal, dy)) for n, call in forward.items()}
+    yield case(f"add + {name} backward", 4, back, 0.88)
+
+
+def _without_grad(call: Call) -> Call:
+    def run() -> Any:
+        with torch.no_grad():
+            return call()
+
+    return run
+
+
+def _peers_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Call]:
+    found: dict[str, Call] = {}
+    h = x.shape[-1]
+    if "liger" in peers():
+        from liger_kernel.transformers import functional as liger
+
+        if bias is None:
+            found["liger"] = lambda: liger.liger_rms_norm(x, weight, EPS, in_place=False)
+        else:
+            found["liger"] = lambda: liger.liger_layer_norm(x, weight, bias, EPS)
+    if "apex" in peers():
+        from apex.normalization import fused_layer_norm as apex
+
+        if bias is None:
+            found["apex"] = lambda: apex.fused_rms_norm_affine(x, weight, (h,), EPS)
+        else:
+            found["apex"] = lambda: apex.fused_layer_norm_affine(x, weight, bias, (h,), EPS)
+    return found
+
+
+@lru_cache
+def peers() -> frozenset[str]:
+    """Those that are installed; Apex by the module that NVIDIA's alone has."""
+    from importlib.util import find_spec
+
+    found = {"liger": find_spec("liger_kernel"), "apex": find_spec("fused_layer_norm_cuda")}
+    return frozenset(name for name, spec in found.items() if spec is not None)
+
+
+def softmaxes(sizes: Sizes) -> Iterator[Case]:
+    """Softmax of attention's scores, whole, masked and causal."""
+    shape, scale = sizes.scores, 0.125
+    scores, dy = sizes.drawn(*shape).requires_grad_(), sizes.drawn(*shape)
+    element, count = scores.element_size(), math.prod(shape)
+    queries, keys = shape[-2:]
+    hidden = torch.ones(queries, keys, dtype=torch.bool, device=sizes.device).triu(1)
+    seen = torch.rand(shape[0], 1, queries, keys, device=sizes.device) > 0.1
+    seen[..., 0] = True  # torch's formula has no answer for a row that sees nothing
+
+    def plain(scores: Tensor) -> Tensor:
+        return torch.softmax(scores * scale, -1)
+
+    def masked(scores: Tensor) -> Tensor:
+        return torch.softmax((scores * scale).masked_fill(~seen, -torch.inf), -1)
+
+    def causal(scores: Tensor) -> Tensor:
+        return torch.softmax((scores * scale).masked_fill(hidden, -torch.inf), -1)
+
+    for name, formula, given, goals, moved in (
+        ("softmax", plain, {}, (0.92, 0.90), (2.0, 3.0)),
+        ("softmax masked", masked, {"mask": seen}, (0.92, None), (2.0, 3.0)),
+        # Half of what is read is not seen; all of the result is written.
+        ("softmax causal", causal, {"causal": True}, (0.88, 0.88), (1.5, 2.0)),
+    ):
+        ours = partial(scaled_softmax, scores, scale=scale, **given)  # type: ignore[arg-type]
+        forward = with_others(ours, formula, scores)
+        once = {n: _without_grad(call) for n, call in forward.items()}
+        yield Case(name, shape, int(moved[0] * count * element), once, goals[0])
+        if goals[1] is not None:
+            back = {n: backward_of(call, (scores,), (dy,)) for n, call in forward.items()}
+            nbytes = int(moved[1] * count * element)
+            yield Case(f"{name} backward", shape, nbytes, back, goals[1])
+
+
+def cross_entropies(sizes: Sizes) -> Iterator[Case]:
+    """Forward and backward of the loss: logits are read twice and their gradients written once."""
+    rows, vocab = sizes.logits
+    logits = sizes.drawn(rows, vocab).requires_grad_()
+    labels = torch.randint(vocab, (rows,), device=sizes.device)
+    one = Mesh({"tp": 1}, rank=0, kind="single").axis("tp")
+
+    def ours() -> Any:
+        return torch.autograd.grad(cross_entropy_sum(logits, labels, vocab, one), logits)
+
+    def formula(logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float(), labels, reduction="sum")
+
+    compiled = torch.compile(formula, dynamic=False)
+    systems = {"megalite": ours}
+    for name, fn in (("torch", formula), ("torch.compile", compiled)):
+        systems[name] = lambda fn=fn: torch.autograd.grad(fn(logits, labels), logits)
+    if "liger" in peers():
+        from liger_kernel.transformers import functional as liger
+
+        systems["liger"] = lambda: torch.autograd.grad(
+            liger.liger_cross_entropy(logits, labels, reduction="sum"), logits
+        )
+    nbytes = 3 * rows * vocab * logits.element_size()
+    full = sizes.device.type == "cuda"
+    yield Case(
+        "cross entropy, forward and backward",
+        (rows, vocab),
+        nbytes,
+        systems,
+        most_ms=1.8 if full else None,
+        over_torch=3.0,
+        same=False,  # ours leaves the gradients in the logits
+    )
+
+
+def optimizers(sizes: Sizes) -> Iterator[Case]:
+    """AdamW of a flat range in float32."""
+    n = sizes.params
+    made = [sizes.drawn(n, dtype=torch.float32) for _ in range(3)]
+    made.append(torch.rand(n, device=sizes.device))
+    param, grad, mean, square = made
+    rates = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+    step = torch.full((), 10.0, device=sizes.device)
+
+    def ours() -> None:
+        adamw_(param, grad, mean, square, step=10, **rates)  # type: ignore[arg-type]
+
+    def torchs() -> None:
+        torch._fused_adamw_(
+            [param], [grad], [mean], [square], [], [step], amsgrad=False, maximize=False, **rates
+        )
+
+    systems: dict[str, Call] = {"megalite": ours, "torch": torchs}
+    yield Case("adamw", (n,), 28 * n, systems, goal=0.93, same=False)
+
+
+GROUPS = {
+    "norm": norms,
+    "softmax": softmaxes,
+    "loss": cross_entropies,
+    "optimizer": optimizers,
+}
+
+
+# -- measuring ---------------------------------------------------------------------------------
+
+
+class Timer:
+    """Milliseconds of one call, as the median of `rounds`."""
+
+    def __init__(self, device: torch.device, rounds: int):
+        self.device, self.rounds = device, rounds
+        self._copies: dict[int, float] = {}
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream()
+            cache = torch.cuda.get_device_properties(device).L2_cache_size
+            self._flush = torch.empty(4 * cache, dtype=torch.int8, device=device)
+
+    def __call__(self, call: Call) -> float:
+        if self.device.type == "cpu":
+            times = []
+            for _ in range(self.rounds + 1):
+                start = time.perf_counter()
+                call()
+                times.append(1e3 * (time.perf_counter() - start))
+            return statistics.median(times[1:])
+        # Backward runs on its forward's stream: one stream for the first calls and the graph.
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self._stream):
+            call()
+        marks = []
+        for _ in range(self.rounds):
+            self._flush.zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            marks.append((start, end))
+        torch.cuda.synchronize()
+        return statistics.median(start.elapsed_time(end) for start, end in marks)
+
+    def copy(self, nbytes: int) -> float:
+        """A copy that reads half of so many bytes and writes the other half."""
+        if nbytes not in self._copies:
+            source = torch.zeros(nbytes // 2, dtype=torch.int8, device=self.device)
+            target = torch.empty_like(source)
+            self._copies[nbytes] = self(lambda: target.copy_(source))
+        return self._copies[nbytes]
+
+
+def difference(ours: Any, theirs: Any) -> float:
+    """The largest, over the largest number of theirs; of all tensors of a result."""
+    pairs = [(ours, theirs)] if isinstance(ours, Tensor) else list(zip(ours, theirs, strict=True))
+    worst = 0.0
+    for a, b in pairs:
+        gap = (a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(1e-30)
+        worst = max(worst, math.inf if gap.isnan() else gap.item())
+    return worst
+
+
+def rows_of(case: Case, timer: Timer, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    """A row for each system."""
+    off = None
+    if case.same:
+        off = difference(case.systems["megalite"](), case.systems["torch"]())
+    copy = timer.copy(case.nbytes)
+    took = {name: timer(call) for name, call in case.systems.items()}
+    for name, ms in took.items():
+        row: dict[str, Any] = {
+            "system": name,
+            "layout": "one",
+            "workload": f"{case.op} {'x'.join(map(str, case.shape))}",
+            "world": 1,
+            "dtype": str(dtype).removeprefix("torch."),
+            "ms": ms,
+            "copy_ms": copy,
+            "of_copy": copy / ms,
+            "gb_per_s": case.nbytes / ms / 1e6,
+        }
+        if name == "megalite":
+            met = {
+                "of_copy": None if case.goal is None else copy / ms >= case.goal,
+                "ms": None if case.most_ms is None else ms <= case.most_ms,
+                "over_torch": None
+                if case.over_torch is None
+                else took["torch"] / ms >= case.over_torch,
+            }
+            goals = {"of_copy": case.goal, "ms": case.most_ms, "over_torch": case.over_torch}
+            row |= {
+                "off": off,
+                "over_torch": took["torch"] / ms,
+                "goals": {name: goal for name, goal in goals.items() if goal is not None},
+                "met": all(value is not False for value in met.values()),
+            }
+        yield row
+
+
+def line_of(row: dict[str, Any], dry: bool) -> str:
+    """A line of the table."""
+    line = (
+        f"{row['workload']:<48}{row['system']:<15}{row['ms']:>9.4f}{row['gb_per_s']:>9.0f}"
+        f"{100 * row['of_copy']:>8.1f}%"
+    )
+    if row["system"] != "megalite":
+        return line
+    words = f"  {row['over_torch']:.2f}x torch"
+    words += "" if row["off"] is None else f", off {row['off']:.1e}"
+    if row["goals"] and not dry:
+        goals = ", ".join(f"{name} {goal:g}" for name, goal in row["goals"].items())
+        words += f"; goal {goals}: {'met' if row['met'] else 'MISSED'}"
+    return line + words
+
+
+HEADER = f"{'op':<48}{'system':<15}{'ms':>9}{'GB/s':>9}{'of copy':>9}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, measure, print and write; 0, whether goals are met or not."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", choices=sorted(GROUPS), help="one group of ops")
+    parser.add_argument("--rounds", type=int, default=50, help="timed calls of each")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on a CPU")
+    parser.add_argument("--json", metavar="OUT", help="write every row")
+    args = parser.parse_args(argv)
+    if not args.dry_run and not torch.cuda.is_available():
+        print("bench_kernels: error: no GPU is visible to torch (use --dry-run)", file=sys.stderr)
+        return 2
+    sizes = DRY() if args.dry_run else Sizes()
+    try:
+        backend.use("auto" if args.dry_run else "fused", sizes.device)
+    except (NoKernels, UserError) as error:
+        print(f"bench_kernels: error: {error}", file=sys.stderr)
+        return 2
+    absent = ", ".join(sorted({"liger", "apex"} - peers()))
+    where = "a CPU, by the references" if args.dry_run else torch.cuda.get_device_name()
+    print(f"on {where}; torch {torch.__version__}" + (f"; not run: {absent}" if absent else ""))
+    print(f"\n{HEADER}")
+    timer, rows = Timer(sizes.device, args.rounds), []
+    for name, cases in GROUPS.items():
+        if args.only not in (None, name):
+            continue
+        for case in cases(sizes):
+            for row in rows_of(case, timer, sizes.dtype):
+                rows.append(row)
+                print(line_of(row, args.dry_run), flush=True)
+        torch._dynamo.reset()
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
