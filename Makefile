@@ -3,12 +3,15 @@
 
 PYTHON ?= python3
 PY := .venv/bin/python
+# What `make gpu` may lack on a machine that has torch: pure Python, with what they need themselves.
+WHEELS := tyro docstring-parser typeguard typing-extensions tqdm hypothesis sortedcontainers
+WHEELS += pytest iniconfig pluggy packaging pygments
 
 # TORCH: pip arguments that name the torch to install. SYSTEM_TORCH=1: reuse PYTHON's own torch.
 export TORCH SYSTEM_TORCH
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test test-peers lint kernels bench clean FORCE
+.PHONY: help .venv demo test test-peers lint kernels gpu wheels bench clean FORCE
 
 help: ## this list
 	@echo 'megalite: make demo trains a model with 3D parallelism; make test shows that it is right.'
@@ -18,7 +21,7 @@ help: ## this list
 	@echo "  PYTHON=python3.12      which Python makes .venv (3.10 to 3.13)"
 	@echo "  TORCH='torch==2.13.0'  which torch to install: any pip arguments, --index-url too"
 	@echo "  SYSTEM_TORCH=1         reuse the torch (2.11 or later) that PYTHON already has"
-	@echo "  ARGS='-k mesh'         more arguments for demo, test, test-peers, kernels, bench"
+	@echo "  ARGS='-k mesh'         more arguments for demo, test, test-peers, kernels, gpu, bench"
 
 .venv: .venv/stamp ## the Python environment; every target below makes it if it is not there
 	@echo '.venv is ready: .venv/bin/megalite, or ". .venv/bin/activate" and then megalite'
@@ -52,6 +55,15 @@ lint: .venv/stamp ## ruff (rules and format) and mypy
 
 kernels: .venv/stamp ## compiles the CUDA kernels (nvcc; no GPU): sm_80, sm_90, sm_100 and PTX
 	$(PY) kernels/build.py $(ARGS)
+
+# With PYTHON on the command line, that interpreter as it is: machines with GPUs are often offline.
+GPU_PYTHON := $(if $(filter command,$(word 1,$(origin PYTHON))),$(PYTHON),$(PY))
+gpu: $(if $(filter $(PY),$(GPU_PYTHON)),.venv/stamp) ## all that needs a GPU, into docs/gpu (PART=kernels, train or layouts)
+	$(GPU_PYTHON) tools/gpu.py $(if $(PART),--part $(PART)) $(ARGS)
+
+wheels: ## pure-Python packages for `make gpu` on a machine without a network, into vendor-wheels
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --platform any \
+	    --implementation py --abi none --dest vendor-wheels $(WHEELS)
 
 bench: .venv/stamp ## times a training step (ARGS=--help lists the choices)
 	$(PY) tools/bench_train.py $(ARGS)

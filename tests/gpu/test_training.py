@@ -1,0 +1,72 @@
+"""Whole steps on a GPU: they wait for it nowhere, and both backends train alike."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megalite.core.config import Config, ModelConfig, OptimConfig, TrainConfig
+from megalite.core.mesh import Mesh
+from megalite.data.loader import Synthetic
+from megalite.ops import backend
+from megalite.train.build import Engine, build_engine, build_loader
+from megalite.train.loop import train_step
+
+LLAMA = {"norm": "rmsnorm", "activation": "swiglu", "position": "rope", "bias": False}
+GPT = {"dropout": 0.1}
+STEPS = 20
+
+
+@pytest.fixture(autouse=True)
+def torch_s_own_ops_after():
+    yield
+    backend.use_library(None)
+
+
+def engine_of(form: dict, ops_backend: str, precision: torch.dtype = torch.bfloat16) -> Engine:
+    """One process, four layers, on the first GPU."""
+    sizes = {"num_layers": 4, "hidden_size": 256, "num_heads": 8, "seq_len": 256}
+    config = Config(
+        model=ModelConfig(**sizes, vocab_size=1000, **form),
+        optim=OptimConfig(lr=1e-3),
+        train=TrainConfig(micro_batch_size=4, global_batch_size=8, ops_backend=ops_backend),
+    )
+    config.check(1)
+    device = torch.device("cuda", 0)
+    mesh = Mesh({"tp": 1, "pp": 1, "dp": 1, "cp": 1}, rank=0, kind="single")
+    return build_engine(config, mesh, device=device, dtype=precision)
+
+
+def losses(engine: Engine, steps: int = STEPS) -> torch.Tensor:
+    """Of so many steps on a Markov chain."""
+    model = engine.config.model
+    loader = build_loader(engine, Synthetic(model.vocab_size, model.seq_len, seed=1))
+    batch = engine.config.train.global_batch_size
+    found = [train_step(engine, loader.step(n * batch), lr=1e-3).loss for n in range(steps)]
+    return torch.stack(found).cpu()
+
+
+@pytest.mark.parametrize("form", [GPT, LLAMA], ids=["gpt", "llama"])
+@pytest.mark.parametrize("ops_backend", ["torch", "fused"])
+def test_step_waits_for_the_gpu_nowhere(form, ops_backend):
+    engine = engine_of(form, ops_backend)
+    losses(engine, 2)
+    model = engine.config.model
+    loader = build_loader(engine, Synthetic(model.vocab_size, model.seq_len, seed=1))
+    calls = loader.step(0)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = train_step(engine, calls, lr=1e-3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert found.loss.isfinite()
+
+
+@pytest.mark.parametrize("form", [GPT, LLAMA], ids=["gpt", "llama"])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_backends_train_alike(form, precision):
+    bound = {torch.float32: 1e-4, torch.bfloat16: 2e-2}[precision]
+    ours, torchs = (losses(engine_of(form, name, precision)) for name in ("fused", "torch"))
+    assert torchs[-1] < torchs[0] - 0.1
+    assert ((ours - torchs).abs() <= bound * torchs).all()

@@ -1,0 +1,335 @@
+#!/usr/bin/env python3
+"""Everything that needs a GPU, in one go: what `make gpu` calls.
+
+    python3 tools/gpu.py                  kernels built, tested, sanitized and timed; training
+                                          timed; layouts verified, many ranks on this GPU
+    python3 tools/gpu.py --part kernels   or train, or layouts
+    python3 tools/gpu.py --dry-run        the same steps at tiny sizes on a CPU
+
+Uses the interpreter that runs it, and installs nothing: pure-Python packages that it lacks are
+taken from vendor-wheels/, which `make wheels` fills on a machine with a network. Whatever else is
+missing is named at once. Every figure goes to docs/gpu/DATE-DEVICE.json, and its tables to a
+Markdown file beside it; those of a dry run to runs/gpu-dry-run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from datetime import date
+from importlib.metadata import distributions
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+WHEELS = ROOT / "vendor-wheels"
+BUDGET = 540.0
+"""Seconds for all steps: an hour of GPU yields the whole picture many times."""
+NEEDED = ("torch", "numpy", "pytest", "hypothesis", "safetensors", "regex", "tyro", "tqdm")
+NEEDED += ("tensorboard", "matplotlib")
+WORKLOADS = ("gpt2-124m", "gpt3-1.3b", "llama-7b-wide")
+
+
+@dataclass
+class Step:
+    """A command of one part. `rows` names the file that it writes its figures to."""
+
+    part: str
+    name: str
+    command: list[str]
+    rows: Path | None = None
+    wants: str = ""
+    """A program without which it is not run, and said to be."""
+    seconds: float = 0.0
+    outcome: str = ""
+    figures: Any = None
+    tail: list[str] = field(default_factory=list)
+
+
+def steps_of(python: str, work: Path, dry: bool) -> list[Step]:
+    """All that there is to do, in order."""
+
+    def tool(name: str, *args: str) -> list[str]:
+        return [python, f"tools/{name}.py", *args]
+
+    def out(name: str) -> tuple[Path, list[str]]:
+        path = work / f"{name}.json"
+        return path, ["--json", str(path)]
+
+    steps = []
+    if dry:
+        steps.append(Step("kernels", "build", [python, "kernels/build.py", "--emulated"]))
+        quick = ["tests/kernels/test_adamw_kernel.py"]
+    else:
+        steps.append(Step("kernels", "build", [python, "kernels/build.py", *_own_arch()]))
+        quick = ["tests/gpu/test_kernels.py"]
+    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    steps.append(Step("kernels", "tests", [*pytest, *(quick if dry else ["tests/gpu"])]))
+    few = ["-k", "adamw or (softmax and causal) or (norm and residual)"]
+    for kind in ("memcheck", "racecheck"):
+        sanitizer = ["compute-sanitizer", "--tool", kind, "--error-exitcode", "9"]
+        command = [*sanitizer, *pytest, *quick, *few]
+        steps.append(Step("kernels", kind, command, wants="compute-sanitizer"))
+    path, json_out = out("kernels")
+    small = ["--dry-run", "--rounds", "2"] if dry else []
+    steps.append(Step("kernels", "bench", tool("bench_kernels", *small, *json_out), path))
+    for workload in ("tiny",) if dry else WORKLOADS:
+        for backend in ("torch",) if dry else ("fused", "torch"):
+            path, json_out = out(f"train-{workload}-{backend}")
+            count = "50" if backend == "fused" else "10"
+            args = ["--workload", workload, "--layouts", "one", "--rounds", "1", *json_out]
+            args += ["--steps", "2", "--warmup", "1"] if dry else ["--steps", count]
+            args += ["--device", "cpu" if dry else "cuda", "--ops-backend", backend]
+            name = f"{workload} {backend}"
+            steps.append(Step("train", name, tool("bench_train", *args), path))
+    for precision in ("fp32", "bf16"):
+        path, json_out = out(f"verify-{precision}")
+        args = ["--random", "2" if dry else "40", "--max-ranks", "2" if dry else "8", *json_out]
+        args += ["--device", "cpu" if dry else "cuda", "--precision", precision, "--steps", "2"]
+        command = [python, "-m", "megalite", "verify", *args]
+        steps.append(Step("layouts", f"verify {precision}", command, path))
+    return steps
+
+
+def _own_arch() -> list[str]:
+    """The architecture of the GPU here, so that the build takes seconds."""
+    asked = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    lines = subprocess.run(asked, capture_output=True, text=True).stdout.split()
+    return ["--arch", lines[0].replace(".", "")] if lines else []
+
+
+# -- what is missing ---------------------------------------------------------------------------
+
+
+def use_wheels() -> None:
+    """Packages of vendor-wheels/ that are not installed can be imported, by children, too."""
+    here = {name.lower().replace("-", "_") for d in distributions() if (name := d.metadata["Name"])}
+    found = sorted(WHEELS.glob("*-none-any.whl"))
+    wheels = [str(path) for path in found if path.name.split("-")[0].lower() not in here]
+    sys.path += wheels
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")]), *wheels]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+
+
+def missing(dry: bool) -> list[str]:
+    """All that is not there, in words."""
+    found = [f"the Python package {name}" for name in NEEDED if find_spec(name) is None]
+    if dry:
+        return found
+    if shutil.which("nvidia-smi") is None:
+        found.append("an NVIDIA driver (nvidia-smi)")
+    homes = (os.environ.get("CUDA_HOME"), "/usr/local/cuda")
+    nvcc = [shutil.which("nvcc"), *(shutil.which("nvcc", path=f"{home}/bin") for home in homes)]
+    if not any(nvcc):
+        found.append("CUDA's compiler (nvcc)")
+    return found
+
+
+# -- running -----------------------------------------------------------------------------------
+
+
+def run(step: Step, seconds: float) -> None:
+    """Run a step for at most so long, show what it prints, and keep what it gave."""
+    if step.wants and shutil.which(step.wants) is None:
+        step.outcome = f"not run: no {step.wants} here"
+        return
+    if seconds <= 0:
+        step.outcome = "not run: no time left"
+        return
+    start, lines = time.monotonic(), []
+    with subprocess.Popen(
+        step.command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        timer = _stop_after(process, seconds)
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(f"  {line}", end="", flush=True)
+            lines.append(without_places(line.rstrip()))
+        process.wait()
+        timer.cancel()
+    step.seconds = time.monotonic() - start
+    step.tail = lines[-20:]
+    code = process.returncode
+    step.outcome = (
+        "ok" if code == 0 else f"stopped by its time or {-code}" if code < 0 else "FAILED"
+    )
+    if step.rows is not None and step.rows.exists():
+        step.figures = json.loads(step.rows.read_text(encoding="utf-8"))
+
+
+def _stop_after(process: subprocess.Popen, seconds: float) -> Any:
+    from threading import Timer
+
+    timer = Timer(seconds, process.kill)
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
+def machine() -> dict[str, str]:
+    """What the figures were seen on."""
+    asked = "import torch; print(torch.__version__, torch.version.cuda)"
+    versions = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True)
+    torch, cuda = (versions.stdout.split() or ["?", "?"])[:2]
+    smi = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    device, driver = "CPU", ""
+    if shutil.which("nvidia-smi"):
+        lines = subprocess.run(smi, capture_output=True, text=True).stdout.splitlines()
+        device, _, driver = (lines or ["CPU, "])[0].partition(", ")
+    git, commit = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], ""
+    if shutil.which("git"):
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    return {
+        "date": date.today().isoformat(),
+        "device": device,
+        "driver": driver,
+        "torch": torch,
+        "cuda": cuda,
+        "python": sys.version.split()[0],
+        "commit": commit or "unknown",
+    }
+
+
+# -- what is written ---------------------------------------------------------------------------
+
+
+def without_places(text: str) -> str:
+    """As it would read on any machine."""
+    return text.replace(sys.executable, "python3").replace(str(ROOT) + os.sep, "")
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """The ops' shares of a copy's speed as bars, one group for each op."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    ops = list(dict.fromkeys(row["workload"] for row in rows))
+    systems = list(dict.fromkeys(row["system"] for row in rows))
+    share = {(row["workload"], row["system"]): 100 * row["of_copy"] for row in rows}
+    thick = 0.8 / len(systems)
+    figure, axes = plt.subplots(figsize=(9, 1 + 0.45 * len(ops)), layout="constrained")
+    for i, system in enumerate(systems):
+        at = [n + i * thick for n in range(len(ops))]
+        axes.barh(at, [share.get((op, system), 0.0) for op in ops], thick, label=system)
+    axes.axvline(100, color="black", linewidth=0.8)
+    axes.set_yticks([n + 0.4 - thick / 2 for n in range(len(ops))], ops)
+    axes.invert_yaxis()
+    axes.set_xlabel("speed, % of a plain copy of the same bytes")
+    axes.legend()
+    figure.savefig(path)
+
+
+def report(about: dict[str, str], steps: list[Step]) -> str:
+    """The tables, as Markdown."""
+    where = ", ".join(f"{name} {value}" for name, value in about.items() if value)
+    lines = [f"# {about['device']}, {about['date']}", "", f"`make gpu` on {where}.", ""]
+    lines += ["| part | step | outcome | seconds |", "|---|---|---|---|"]
+    for step in steps:
+        lines.append(f"| {step.part} | {step.name} | {step.outcome} | {step.seconds:.0f} |")
+    for step in steps:
+        if step.figures is None:
+            continue
+        if step.name == "bench":
+            lines += ["", *_kernel_table(step.figures)]
+        if step.part == "layouts":
+            rows = step.figures["rows"]
+            wrong = sum(not row["ok"] for row in rows)
+            lines += ["", f"`{step.name}`: {len(rows)} layouts, {wrong} differ from one process."]
+    trained = [row for step in steps if step.part == "train" for row in step.figures or []]
+    if trained:
+        lines += ["", *_training_table(trained)]
+    return "\n".join(lines) + "\n"
+
+
+def _kernel_table(rows: list[dict]) -> list[str]:
+    lines = [
+        "## Ops",
+        "",
+        "`of copy`: the time of a plain copy of the bytes that the op must move,",
+    ]
+    lines += ["over the op's.", ""]
+    lines += ["| op | system | ms | GB/s | of copy | over torch | goals |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for row in rows:
+        goals, over = "", ""
+        if row["system"] == "megalite" and row["met"] is not None:
+            over = f"{row['over_torch']:.2f}"
+            goals = ", ".join(f"{name} {goal:g}" for name, goal in row["goals"].items())
+            goals += (": met" if row["met"] else ": **missed**") if goals else ""
+        lines.append(
+            f"| {row['workload']} | {row['system']} | {row['ms']:.4f} | {row['gb_per_s']:.0f} "
+            f"| {100 * row['of_copy']:.1f}% | {over} | {goals} |"
+        )
+    return lines
+
+
+def _training_table(rows: list[dict]) -> list[str]:
+    lines = ["## Training steps", "", "Medians; optimizer included; data in the order of a run."]
+    lines += [
+        "",
+        "| model | parameters | tokens a step | ops | ms | tokens/s | TFLOP/s | peak GB |",
+    ]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    for row in rows:
+        lines.append(
+            f"| {row['workload']} | {row['params'] / 1e6:.0f}M | {row['tokens_per_step']} "
+            f"| {row['ops_backend']} | {row['step_ms']:.1f} | {row['tokens_per_s']:.0f} "
+            f"| {row['tflops_per_rank']:.1f} | {row['peak_mb'] / 1024:.1f} |"
+        )
+    return lines
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Check, run and write; 1 if a step failed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--part", choices=("kernels", "train", "layouts"), help="one part alone")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on a CPU")
+    args = parser.parse_args(argv)
+    use_wheels()
+    if lacking := missing(args.dry_run):
+        wheels = "make wheels, where there is a network, brings pure-Python ones"
+        print(f"gpu: error: missing here: {'; '.join(lacking)} ({wheels})", file=sys.stderr)
+        return 2
+    about = machine()
+    target = ROOT / ("runs/gpu-dry-run" if args.dry_run else "docs/gpu")
+    work = ROOT / "runs" / ("gpu-dry-run" if args.dry_run else "gpu")
+    for folder in (target, work):
+        folder.mkdir(parents=True, exist_ok=True)
+    for old in work.glob("*.json"):
+        old.unlink()
+    steps = [s for s in steps_of(sys.executable, work, args.dry_run) if args.part in (None, s.part)]
+    deadline = time.monotonic() + BUDGET
+    for step in steps:
+        print(f"{step.part}: {step.name}: {' '.join(step.command)}", flush=True)
+        run(step, deadline - time.monotonic())
+        print(f"{step.part}: {step.name}: {step.outcome} ({step.seconds:.0f} s)", flush=True)
+    name = re.sub(r"[^A-Za-z0-9]+", "-", f"{about['date']}-{about['device']}").strip("-")
+    name += f"-{args.part}" if args.part else ""
+    for step in steps:
+        step.command = [without_places(word) for word in step.command]
+        if step.name == "bench" and step.figures:
+            draw(step.figures, target / f"{name}.svg")
+    rows = [{key: getattr(step, key) for key in KEPT} for step in steps]
+    text = json.dumps({**about, "steps": rows}, indent=1) + "\n"
+    (target / f"{name}.json").write_text(text, encoding="utf-8")
+    (target / f"{name}.md").write_text(report(about, steps), encoding="utf-8")
+    print(f"written: {(target / name).relative_to(ROOT)}.json and .md")
+    return 1 if any(step.outcome.startswith(("FAILED", "stopped")) for step in steps) else 0
+
+
+KEPT = ("part", "name", "command", "outcome", "seconds", "figures", "tail")
+
+if __name__ == "__main__":
+    sys.exit(main())
