@@ -10,7 +10,7 @@ from megalite.core.mesh import Mesh
 from megalite.data.loader import Synthetic
 from megalite.ops import backend
 from megalite.train.build import Engine, build_engine, build_loader
-from megalite.train.loop import train_step
+from megalite.train.loop import forward_backward, train_step, update
 
 LLAMA = {"norm": "rmsnorm", "activation": "swiglu", "position": "rope", "bias": False}
 GPT = {"dropout": 0.1}
@@ -70,3 +70,34 @@ def test_backends_train_alike(form, precision):
     ours, torchs = (losses(engine_of(form, name, precision)) for name in ("fused", "torch"))
     assert torchs[-1] < torchs[0] - 0.1
     assert ((ours - torchs).abs() <= bound * torchs).all()
+
+
+def test_captured_steps_are_eager_ones_with_any_learning_rate():
+    """Forward and backward replayed from a CUDA graph; the optimizer's rate changes each step."""
+    eager, replayed = (engine_of(LLAMA, "fused", torch.float32) for _ in range(2))
+    model = eager.config.model
+    loader = build_loader(eager, Synthetic(model.vocab_size, model.seq_len, seed=1))
+    batch = eager.config.train.global_batch_size
+    calls = loader.step(0)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            forward_backward(replayed, calls)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        captured = forward_backward(replayed, calls)
+    for step in range(10):
+        lr, fresh = 1e-3 / (step + 1), loader.step(step * batch)
+        for static, given in zip(calls, fresh, strict=True):
+            static.tokens.copy_(given.tokens)
+            static.labels.copy_(given.labels)
+            static.samples.copy_(given.samples)
+        graph.replay()
+        update(replayed, captured, lr=lr)
+        found = train_step(eager, fresh, lr=lr)
+        torch.testing.assert_close(captured.loss, found.loss, rtol=1e-5, atol=0)
+        torch.testing.assert_close(captured.norm, found.norm, rtol=1e-4, atol=0)
+    for ours, theirs in zip(replayed.zero.buckets, eager.zero.buckets, strict=True):
+        torch.testing.assert_close(ours.weights, theirs.weights, rtol=1e-4, atol=1e-6)
