@@ -23,9 +23,13 @@ def adamw_(
     weight_decay: float,
 ) -> None:
     """One update in place, in one pass; all tensors flat, of one dtype; `step` counts from 1."""
+    rates = (lr, beta1, beta2, eps, weight_decay)
+    apex = backend.apex_for(grad, param, exp_avg, exp_avg_sq)
+    if apex and param.dtype == torch.float32:
+        apex.adamw_((grad, param, exp_avg, exp_avg_sq), step, rates)
+        return
     if param.dtype == torch.float32 and backend.takes(param, grad, exp_avg, exp_avg_sq):
         tensors = (param, exp_avg, exp_avg_sq, grad)
-        rates = (lr, beta1, beta2, eps, weight_decay)
         no_copy = (None, backend.TYPES[torch.float32])
         backend.launch("adamw", grad, *tensors, *no_copy, None, None, param.numel(), step, *rates)
         return

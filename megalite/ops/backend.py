@@ -1,8 +1,9 @@
-"""Who computes an op: our CUDA kernels, or torch. Asked here, and nowhere else.
+"""Who computes an op: our CUDA kernels, NVIDIA's Apex, or torch. Asked here, and nowhere else.
 
 An op's file has its reference in torch, which runs wherever the kernels do not: on a CPU, for a
 type they lack, where they are not built. `--ops-backend` chooses: `torch` never uses kernels,
-`fused` insists on them, `auto` takes them where they are.
+`fused` insists on them, `auto` takes them where they are. `apex` is `auto`, but for what Apex has:
+norms and AdamW.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalite.ops.apex import Apex
 from megalite.ops.library import BUILT, DTYPES, Library, NoKernels
 
 TYPES = {getattr(torch, name): number for name, number in DTYPES.items()}
@@ -21,6 +23,7 @@ class _Taken:
     """What this process computes with."""
 
     library: Library | None = None
+    apex: Apex | None = None
 
 
 def use(name: str, device: torch.device) -> None:
@@ -28,14 +31,14 @@ def use(name: str, device: torch.device) -> None:
 
     Raises NoKernels where they are asked for and there are none, or others than the sources say.
     """
-    if name == "apex":
-        raise NoKernels("--ops-backend apex: is not used yet (use --ops-backend torch)")
-    if name == "fused" and device.type != "cuda":
-        raise NoKernels(f"--ops-backend fused: the kernels need a GPU, not --device {device.type}")
+    if name in ("fused", "apex") and device.type != "cuda":
+        raise NoKernels(f"--ops-backend {name}: needs a GPU, not --device {device.type}")
     if name == "fused" and not BUILT.exists():
         raise NoKernels("--ops-backend fused: the kernels are not built (run make kernels)")
+    apex = Apex() if name == "apex" else None
     built = name != "torch" and device.type == "cuda" and BUILT.exists()
     use_library(Library() if built else None)
+    use_apex(apex)
 
 
 def use_library(library: Library | None) -> Library | None:
@@ -45,6 +48,21 @@ def use_library(library: Library | None) -> Library | None:
     """
     before, _Taken.library = _Taken.library, library
     return before
+
+
+def use_apex(apex: Apex | None) -> Apex | None:
+    """Run norms and AdamW by Apex from now on (None: as the others); gives the one before."""
+    before, _Taken.apex = _Taken.apex, apex
+    return before
+
+
+def apex_for(*tensors: Tensor | None) -> Apex | None:
+    """Apex, if it is to compute with these tensors: all there, of one type, on its device."""
+    apex, given = _Taken.apex, [t for t in tensors if t is not None]
+    if apex is None or len(given) < len(tensors) or len({t.dtype for t in given}) > 1:
+        return None
+    fits = all(t.device.type == apex.device and t.dtype in TYPES for t in given)
+    return apex if fits else None
 
 
 def takes(*tensors: Tensor | None) -> bool:

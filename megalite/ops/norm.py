@@ -20,6 +20,8 @@ from megalite.ops.registry import define
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias, over the last dimension of `x` [..., h]."""
+    if bias is not None and (apex := backend.apex_for(x, weight, bias)):
+        return apex.layer_norm(x, weight, bias, eps)
     if backend.takes(x, weight, bias):
         return _Norm.apply(x, None, weight, bias, eps, True)[1]
     return F.layer_norm(x, weight.shape, weight, bias, eps)
@@ -31,6 +33,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Where torch computes, too, it is one function of autograd, with one gradient of `x`: torch's own
     is several, which meet the residual's in another order when the norm is run again in backward.
     """
+    if apex := backend.apex_for(x, weight):
+        return apex.rms_norm(x, weight, eps)
     return _Norm.apply(x, None, weight, None, eps, False)[1]
 
 
@@ -38,7 +42,8 @@ def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     """x + residual, and its layer_norm; all [..., h]."""
-    if backend.takes(x, residual, weight, bias):
+    apex = backend.apex_for(x, residual, weight, bias)
+    if not apex and backend.takes(x, residual, weight, bias):
         return _Norm.apply(x, residual, weight, bias, eps, True)
     total = x + residual
     return total, layer_norm(total, weight, bias, eps)
@@ -46,6 +51,9 @@ def add_layer_norm(
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x + residual, and its rms_norm; all [..., h]."""
+    if backend.apex_for(x, residual, weight):
+        total = x + residual
+        return total, rms_norm(total, weight, eps)
     return _Norm.apply(x, residual, weight, None, eps, False)
 
 
