@@ -21,17 +21,40 @@ def adamw_(
     beta2: float,
     eps: float,
     weight_decay: float,
+    factor: Tensor | None = None,
+    copy: Tensor | None = None,
 ) -> None:
-    """One update in place, in one pass; all tensors flat, of one dtype; `step` counts from 1."""
+    """One update in place; all tensors flat, `copy` of any dtype, the others of one.
+
+    `step` counts from 1. The gradient counts `factor` times (a number on its device), and may be
+    overwritten. `copy` is given the new parameters. The kernel does all of it in one pass.
+    """
     rates = (lr, beta1, beta2, eps, weight_decay)
+    if param.dtype == torch.float32 and backend.takes(param, grad, exp_avg, exp_avg_sq, copy):
+        kind = backend.TYPES[torch.float32 if copy is None else copy.dtype]
+        given = (param, exp_avg, exp_avg_sq, grad, copy, kind, factor, None)
+        backend.launch("adamw", grad, *given, param.numel(), step, *rates)
+        return
+    if factor is not None:
+        grad.mul_(factor)
+    _update(param, grad, exp_avg, exp_avg_sq, step, rates)
+    if copy is not None:
+        copy.copy_(param)
+
+
+def _update(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: int,
+    rates: tuple[float, float, float, float, float],
+) -> None:
+    """By Apex, or by torch."""
+    lr, beta1, beta2, eps, weight_decay = rates
     apex = backend.apex_for(grad, param, exp_avg, exp_avg_sq)
     if apex and param.dtype == torch.float32:
         apex.adamw_((grad, param, exp_avg, exp_avg_sq), step, rates)
-        return
-    if param.dtype == torch.float32 and backend.takes(param, grad, exp_avg, exp_avg_sq):
-        tensors = (param, exp_avg, exp_avg_sq, grad)
-        no_copy = (None, backend.TYPES[torch.float32])
-        backend.launch("adamw", grad, *tensors, *no_copy, None, None, param.numel(), step, *rates)
         return
     adamw(
         [param],

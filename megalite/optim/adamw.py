@@ -12,6 +12,7 @@ class AdamW:
     """Decoupled weight decay; running means of the gradient and of its square."""
 
     state_names = ("exp_avg", "exp_avg_sq")
+    in_one_pass = True
 
     def __init__(self, cfg: OptimConfig):
         self.cfg = cfg
@@ -25,8 +26,13 @@ class AdamW:
         step: int,
         lr: float,
         decay: float,
+        factor: Tensor,
+        copy: Tensor | None,
     ) -> None:
-        """Update `param` in place from `grad`; all flat, of one dtype; `step` counts from 1."""
+        """Update `param` in place from `grad` times `factor`, and give `copy` what comes of it.
+
+        All flat, of one dtype but for the copy; `step` counts from 1.
+        """
         adamw_(
             param,
             grad,
@@ -38,4 +44,6 @@ class AdamW:
             beta2=self.cfg.beta2,
             eps=self.cfg.eps,
             weight_decay=decay,
+            factor=factor,
+            copy=copy,
         )

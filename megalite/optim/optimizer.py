@@ -8,6 +8,7 @@ range. Next: parallel/zero.py for which range that is.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,10 +66,14 @@ class Optimizer:
 
     def write_params(self) -> None:
         """Make the parameters follow the master copies, and give every rank all of them."""
-        for bucket, master in zip(self.zero.buckets, self.masters, strict=True):
-            if master is not None:
-                bucket.weights.copy_(master)
+        for idx in range(len(self.masters)):
+            self._write(idx)
         self.zero.gather_params()
+
+    def _write(self, bucket_idx: int) -> None:
+        master = self.masters[bucket_idx]
+        if master is not None:
+            self.zero.buckets[bucket_idx].weights.copy_(master)
 
     def snapshot(self) -> Callable[[], None]:
         """Copies all that `step` changes, gradients too; what it gives puts them back.
@@ -102,18 +107,25 @@ class Optimizer:
         """Multiply the gradients by `scale` (normalisation and clipping) and update every range."""
         self.step_count += 1
         for idx, bucket in enumerate(self.zero.buckets):
-            grads = bucket.grads.mul_(scale.to(bucket.grad_dtype))
-            numbers = self.numbers(idx)
-            key = bucket.layout.key
+            numbers, key, factor = self.numbers(idx), bucket.layout.key, scale.to(bucket.grad_dtype)
+            rule, more = self.rules[key.optimizer], dict[str, Any](self._more[idx])
+            in_one_pass = getattr(rule, "in_one_pass", False)
+            if in_one_pass:
+                copy = None if self.masters[idx] is None else bucket.weights
+                more |= {"factor": factor, "copy": copy}
+            else:
+                bucket.grads.mul_(factor)
             # lr x weight decay is the same whatever a parameter's own rate (Loshchilov and Hutter).
             decay = self.cfg.weight_decay / key.lr_mult if key.decay else 0.0
-            self.rules[key.optimizer].update(
+            rule.update(
                 numbers["weights"],
-                grads,
+                bucket.grads,
                 self.states[idx],
                 step=self.step_count,
                 lr=lr * key.lr_mult,
                 decay=decay,
-                **self._more[idx],
+                **more,
             )
-        self.write_params()
+            if not in_one_pass:
+                self._write(idx)
+        self.zero.gather_params()

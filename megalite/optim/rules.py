@@ -3,8 +3,10 @@
 A rule is a class made from an OptimConfig. It has `state_names` and `update(param, grad, state, *,
 step, lr, decay)`, which changes flat tensors of numbers in place and knows nothing of any layout:
 `state` has a tensor like `param` for each name, zero before the first step; `lr * decay` is the
-share that weight decay takes. Two more names are optional. `layout = "matrix"` hands the rule the
+share that weight decay takes. Three more names are optional. `layout = "matrix"` hands the rule the
 2-d matrices of layers alone, and `update` one more keyword, `each_matrix` (matrices.py).
+`in_one_pass = True` has two more: `factor`, which the gradient has not been multiplied with yet,
+and `copy`, the parameters in their narrower type, or None; the rule sees to both.
 `takes(name, shape)` says which parameters it updates, by name and whole shape. What a rule does not
 take is AdamW's.
 """
@@ -85,6 +87,7 @@ def _check_rule(spec: str, rule: Any) -> None:
     if layout not in LAYOUTS:
         refuse(f'layout {layout!r}: there are "flat" and "matrix" (leave it out for flat)')
     words = ["step", "lr", "decay"] + (["each_matrix"] if layout == "matrix" else [])
+    words += ["factor", "copy"] if getattr(rule, "in_one_pass", False) else []
     given = ("self", "param", "grad", "state")
     for what, positional, keywords in (("__init__", ("cfg",), []), ("update", given, words)):
         called = rule if what == "__init__" else getattr(rule, what, None)

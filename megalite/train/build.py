@@ -157,10 +157,10 @@ def build_engine(
         backend.use(config.train.ops_backend, device)
     except NoKernels as error:
         raise UserError(str(error)) from None
-    if device.type == "cpu":
+    layout = config.layout
+    if device.type == "cpu" and layout.zero < 2:
         keep_freed_memory()
     make = schedule_maker(config)
-    layout = config.layout
     with _default_dtype(dtype):
         stages = build_stages(
             config.model,

@@ -2,8 +2,10 @@
 
 A step on CPU frees and asks for the same hundreds of megabytes again and again. glibc by itself
 gives large blocks back to the kernel at once, and the kernel clears each page of them anew: about
-four percent of the CPU seconds of one process's step at gpt-10m (docs/peers.md). Not here: CUDA,
-where torch's own allocator keeps its memory.
+four percent of the CPU seconds of one process's step at gpt-10m (docs/peers.md). But kept memory
+falls into pieces, and a process then holds more than its tensors: with ZeRO 2 and 3, which gather
+and drop what they compute with, up to twice as much (tools/bench_memory.py), so not there. Nor on
+CUDA, where torch's own allocator keeps its memory.
 """
 
 from __future__ import annotations

@@ -31,6 +31,23 @@ def test_steps_are_torch_s(emulated, n, offset):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("offset", [0, 1])
+def test_factor_and_copy_are_torch_s(emulated, offset):
+    found = []
+    for library in (emulated, None):
+        backend.use_library(library)
+        param, grad, m, v = torch.rand(4, 999, generator=torch.Generator().manual_seed(1))
+        copy = torch.zeros(999, dtype=torch.bfloat16)
+        tensors = [t[offset:] for t in (param, grad, m, v)]
+        extra = {"factor": torch.tensor(0.3), "copy": copy[offset:]}
+        adamw_(*tensors, step=2, lr=1e-2, **HOW, **extra)
+        found.append([param, m, v, copy.float()])
+    assert emulated.count == 1
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert found[0][3][offset:].all()
+
+
 def test_factor_copy_and_skip_are_the_device_s(emulated):
     param, grad, m, v = (torch.randn(100).abs() for _ in range(4))
     before = param.clone()

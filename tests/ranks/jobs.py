@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from megalite.core.config import Config
 from megalite.train import verify
 from megalite.train.build import Engine
-from megalite.train.verify import CPU as CPU
 from megalite.train.verify import calls_of as calls_of
 
+CPU = torch.device("cpu")
 PRECISION = {"float64": "fp64", "float32": "fp32"}
 
 
