@@ -1,12 +1,14 @@
 """Builds the CUDA kernels into one shared library that knows nothing of torch or Python.
 
     python kernels/build.py                  for GPUs: sm_80, sm_90, sm_100, and PTX for later ones
+    python kernels/build.py --sass           the same, and insists on a look at the machine code
     python kernels/build.py --emulated       for this machine's CPU, by g++: what the tests run
     python kernels/build.py --emulated --sanitize
 
 The first goes beside megalite/ops/library.py, where a run finds it, and needs nvcc of CUDA 12.8 or
-later; no GPU. It fails if a kernel's registers spill. The second goes to build/, and needs a C++17
-compiler.
+later; no GPU. It fails if a kernel's registers spill, and, where cuobjdump and nvdisasm are there,
+if one that moves packs does not do so 16 bytes at a time. With --emulated it goes to build/, and
+needs a C++17 compiler.
 """
 
 from __future__ import annotations
@@ -17,6 +19,9 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,22 +33,38 @@ from megalite.ops.library import BUILT, SOURCES, source_hash  # noqa: E402
 ARCHITECTURES = ("80", "90", "100")
 CPP = ["-std=c++17", "-fPIC", "-fvisibility=hidden"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g"]
+ONE_A_ROW = ("cross_entropy_forward",)
+"""Kernels that read packs and write none."""
+MOST_NARROW = {"LDG": 6, "STG": 4}
+"""Narrower accesses that a kernel of packs may have: a row's statistics, its label or mask, the
+last few numbers of a range. A row that is moved in halves would have more."""
 
 
 class BuildFailed(Exception):
-    """A compiler is missing, or says no."""
+    """A compiler is missing, or says no; or the machine code is not what it should be."""
+
+
+def cuda_tool(name: str, remedy: str) -> str:
+    """The path of a program of CUDA's. Raises BuildFailed, with what to do, if there is none."""
+    homes = [home for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    places = [f"{home}/bin" for home in homes]
+    # Where pip puts NVIDIA's programs.
+    places += map(str, Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin"))
+    found = shutil.which(name) or shutil.which(name, path=os.pathsep.join(places))
+    if found is None:
+        raise BuildFailed(f"no {name} here (not in PATH, CUDA_HOME or /usr/local/cuda): {remedy}")
+    return found
 
 
 def nvcc() -> str:
     """The path of nvcc. Raises BuildFailed if there is none."""
-    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
-    places = [f"{home}/bin" for home in homes if home]
-    found = shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(places))
-    if found is None:
-        raise BuildFailed(
-            "no nvcc here (not in PATH, CUDA_HOME or /usr/local/cuda): install CUDA's"
-        )
-    return found
+    return cuda_tool("nvcc", "install CUDA's")
+
+
+def disassemblers() -> tuple[str, str]:
+    """The paths of cuobjdump and of nvdisasm, which it calls. Raises BuildFailed without them."""
+    remedy = "pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
+    return cuda_tool("cuobjdump", remedy), cuda_tool("nvdisasm", remedy)
 
 
 def compiler() -> str:
@@ -54,7 +75,9 @@ def compiler() -> str:
     return found
 
 
-def build(out: Path, *, architectures: tuple[str, ...] = ARCHITECTURES) -> list[str]:
+def build(
+    out: Path, *, architectures: tuple[str, ...] = ARCHITECTURES, sources: Path = SOURCES
+) -> list[str]:
     """Compile for GPUs; gives a line with the registers of each kernel.
 
     Raises BuildFailed with the compiler's words, and for kernels that spill.
@@ -64,7 +87,7 @@ def build(out: Path, *, architectures: tuple[str, ...] = ARCHITECTURES) -> list[
     codes.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
     host = ",".join(CPP[1:])
     command = [nvcc(), "-O3", CPP[0], "-Xptxas", "-v", "-Xcompiler", host, *codes]
-    report = _compile(command, [nvcc(), "-shared", *codes], out)
+    report = _compile(command, [nvcc(), "-shared", *codes], out, sources)
     kernels = re.findall(
         r"Compiling entry function '(\S+)' for '(\S+)'"
         r".*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
@@ -75,6 +98,52 @@ def build(out: Path, *, architectures: tuple[str, ...] = ARCHITECTURES) -> list[
     if spills:
         raise BuildFailed(f"registers of {len(spills)} kernels spill: {', '.join(spills)}")
     return [f"{arch} {used:>4} registers  {name}" for name, arch, _, _, used in kernels]
+
+
+def check_machine_code(library: Path, architecture: str) -> int:
+    """How many kernels of a built library move packs. Raises BuildFailed for those that do it by
+    other accesses than of 16 bytes, and without the programs that it takes to see that.
+    """
+    cuobjdump, nvdisasm = disassemblers()
+    path = os.pathsep.join([str(Path(nvdisasm).parent), os.environ.get("PATH", "")])
+    sass = _run([cuobjdump, "-sass", "-arch", f"sm_{architecture}", str(library)], PATH=path)
+    kernels = accesses(sass)
+    packed = {name: found for name, found in kernels.items() if moves_packs(name)}
+    if not packed:
+        raise BuildFailed(f"{library}: no kernel for sm_{architecture} moves packs")
+    faults = [fault for name, found in packed.items() for fault in faults_of(name, found)]
+    if faults:
+        raise BuildFailed(f"machine code for sm_{architecture}: {'; '.join(faults)}")
+    return len(packed)
+
+
+def moves_packs(kernel: str) -> bool:
+    """Whether V, the first number among the mangled name's template arguments, is more than 1."""
+    width = re.search(r"Li(\d+)E", kernel)
+    return width is not None and int(width[1]) > 1
+
+
+def accesses(sass: str) -> dict[str, Counter[tuple[str, int]]]:
+    """Of each kernel, how many instructions load (LDG) or store (STG) how many bits."""
+    found: dict[str, Counter[tuple[str, int]]] = {}
+    for line in sass.splitlines():
+        if name := re.search(r"Function : (\S+)", line):
+            counts = found.setdefault(name[1], Counter())
+        elif access := re.search(r"\b(LDG|STG)((?:\.\w+)*)", line):
+            bits = re.search(r"\.[US]?(8|16|64|128)\b", access[2])
+            counts[access[1], int(bits[1]) if bits else 32] += 1
+    return found
+
+
+def faults_of(kernel: str, found: Counter[tuple[str, int]]) -> Iterator[str]:
+    """What is wrong with the accesses of a kernel that moves packs."""
+    for kind, most in MOST_NARROW.items():
+        narrow = sum(n for (of, bits), n in found.items() if of == kind and bits < 128)
+        if narrow > most:
+            yield f"{kernel} has {narrow} {kind} of less than 128 bits"
+        writes_none = kind == "STG" and any(name in kernel for name in ONE_A_ROW)
+        if not found[kind, 128] and not writes_none:
+            yield f"{kernel} has no {kind} of 128 bits"
 
 
 def build_emulated(out: Path, *, sanitize: bool = False, sources: Path = SOURCES) -> None:
@@ -105,11 +174,29 @@ def _compile(compiler: list[str], linker: list[str], out: Path, sources: Path = 
     return "\n".join(words for _, words in made)
 
 
-def _run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
+def _run(command: list[str], **environment: str) -> str:
+    env = {**os.environ, **environment}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
         raise BuildFailed(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
     return done.stdout + done.stderr
+
+
+def _build_and_look(out: Path, built: tuple[str, ...], args: argparse.Namespace) -> None:
+    lines = build(out, architectures=built)
+    if args.registers:
+        print("\n".join(lines))
+    print(f"{len(lines)} kernels, none of which spills")
+    try:
+        disassemblers()
+    except BuildFailed as missing:
+        if args.sass:
+            raise
+        print(f"their machine code is not looked at: {missing}")
+        return
+    seen = "90" if "90" in built else built[0]
+    packed = check_machine_code(out, seen)
+    print(f"{packed} of those for sm_{seen} move packs, by accesses of 16 bytes")
 
 
 def main() -> int:
@@ -122,22 +209,19 @@ def main() -> int:
     parser.add_argument("--arch", default=",".join(ARCHITECTURES), help="GPUs, as 80,90,100")
     parser.add_argument("--out", type=Path, help="the library")
     parser.add_argument("--registers", action="store_true", help="list them for each kernel")
+    parser.add_argument("--sass", action="store_true", help="fail if nothing can disassemble it")
     args = parser.parse_args()
     name = "libmegalite_sanitized.so" if args.sanitize else "libmegalite_emulated.so"
     out = args.out or (HERE.parent / "build" / name if args.emulated else BUILT)
     try:
         if args.emulated:
             build_emulated(out, sanitize=args.sanitize)
-            lines = []
         else:
-            lines = build(out, architectures=tuple(args.arch.split(",")))
+            _build_and_look(out, tuple(args.arch.split(",")), args)
     except BuildFailed as failed:
         print(f"kernels/build.py: error: {failed}", file=sys.stderr)
         return 1
-    if args.registers:
-        print("\n".join(lines))
-    count = f"{len(lines)} kernels, none of which spills: " if lines else ""
-    print(f"{count}{out} ({out.stat().st_size / 1e6:.1f} MB)")
+    print(f"{out} ({out.stat().st_size / 1e6:.1f} MB)")
     return 0
 
 

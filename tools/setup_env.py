@@ -221,8 +221,19 @@ def fill(env, wish):
     env.pip_install("-r", "requirements.txt")
     # No build isolation: it would download a second setuptools, and fail without a network.
     env.pip_install("--quiet", "--no-deps", "--no-build-isolation", "-e", ".")
+    add_disassemblers(env)
     code = "import importlib, sys; [importlib.import_module(name) for name in sys.argv[1:]]"
     return ask(env.python, code, *MODULES) is not None
+
+
+def add_disassemblers(env):
+    """pyproject.toml's `kernels`, where nvcc is: one test needs them, and is skipped without."""
+    if shutil.which("nvcc") is None and not os.path.exists("/usr/local/cuda/bin/nvcc"):
+        return
+    try:
+        env.pip_install("--quiet", "--no-build-isolation", "-e", ".[kernels]")
+    except SetupError:
+        say("nothing can disassemble the CUDA kernels: the test of their machine code is skipped")
 
 
 def make_main(this_python):

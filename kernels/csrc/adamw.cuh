@@ -45,16 +45,15 @@ __device__ __forceinline__ void adamw_pack(const AdamW<G, C>& a, int64_t at, flo
     if (a.copy != nullptr) store_narrow<V>(a.copy + at, p);
 }
 
-// V numbers a thread, of which the last thread may have fewer.
+// V numbers a thread; what is left of them at the end, one a thread of the last block.
 template <int V, class G, class C>
 __global__ void __launch_bounds__(ADAMW_THREADS) adamw(const AdamW<G, C> a) {
     if (a.skip != nullptr && *a.skip != 0.0f) return;
     const float factor = a.factor != nullptr ? *a.factor : 1.0f;
     const int64_t at = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * V;
-    if (at + V <= a.n)
-        adamw_pack<V>(a, at, factor);
-    else
-        for (int64_t one = at; one < a.n; one++) adamw_pack<1>(a, one, factor);
+    const int64_t whole = a.n - a.n % V, one = whole + threadIdx.x;
+    if (at < whole) adamw_pack<V>(a, at, factor);
+    if (blockIdx.x == gridDim.x - 1 && one < a.n) adamw_pack<1>(a, one, factor);
 }
 
 }  // namespace megalite

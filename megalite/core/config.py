@@ -227,6 +227,8 @@ class TrainConfig:
     """What the printed samples go on from."""
     ops_backend: Literal["auto", "fused", "torch", "apex"] = "auto"
     """Kernels of norms, softmax, loss and optimizer."""
+    deterministic: bool = False
+    """The same bits from every run of a layout on GPUs of a kind, slower; a CPU's are always so."""
     dry_run: bool = False
     """Check everything, print layout and memory, start nothing."""
     world: int | None = None

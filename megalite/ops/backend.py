@@ -16,6 +16,9 @@ from torch import Tensor
 from megalite.ops.apex import Apex
 from megalite.ops.library import BUILT, DTYPES, Library, NoKernels
 
+FIXED_BLOCKS = 264
+"""With --deterministic, whatever the GPU: two for each of an H100's processors."""
+
 TYPES = {getattr(torch, name): number for name, number in DTYPES.items()}
 
 
@@ -24,10 +27,12 @@ class _Taken:
 
     library: Library | None = None
     apex: Apex | None = None
+    fixed_blocks: bool = False
 
 
-def use(name: str, device: torch.device) -> None:
-    """Choose for this process: "auto", "fused", "torch" or "apex".
+def use(name: str, device: torch.device, *, deterministic: bool = False) -> None:
+    """Choose for this process: "auto", "fused", "torch" or "apex"; and whether the order of sums is
+    the same on every GPU.
 
     Raises NoKernels where they are asked for and there are none, or others than the sources say.
     """
@@ -39,6 +44,7 @@ def use(name: str, device: torch.device) -> None:
     built = name != "torch" and device.type == "cuda" and BUILT.exists()
     use_library(Library() if built else None)
     use_apex(apex)
+    _Taken.fixed_blocks = deterministic
 
 
 def use_library(library: Library | None) -> Library | None:
@@ -109,6 +115,8 @@ def aligned16(*tensors: Tensor | None) -> bool:
 
 def blocks_to_fill(like: Tensor) -> int:
     """Blocks for a kernel whose blocks stay: the order of a sum depends on their number."""
+    if _Taken.fixed_blocks:
+        return FIXED_BLOCKS
     if like.device.type != "cuda":
         return 4
     return 2 * torch.cuda.get_device_properties(like.device).multi_processor_count

@@ -154,7 +154,8 @@ def build_engine(
 ) -> Engine:
     """This rank's stages with initial weights, and what trains them. All ranks call it together."""
     try:
-        backend.use(config.train.ops_backend, device)
+        train = config.train
+        backend.use(train.ops_backend, device, deterministic=train.deterministic)
     except NoKernels as error:
         raise UserError(str(error)) from None
     layout = config.layout

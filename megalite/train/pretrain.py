@@ -37,6 +37,7 @@ from megalite.train.build import (
     schedule_maker,
 )
 from megalite.train.data import find_tokenizer, open_data
+from megalite.train.deterministic import be_deterministic
 from megalite.train.evaluate import HeldOut, evaluate, held_out, sample
 from megalite.train.failure import Stop, Stopped, failures_told, forget_cause
 from megalite.train.loop import Reduced
@@ -69,6 +70,8 @@ class Run:
         if world.rank == 0:
             forget_cause(config)
         self.device = pick_device(config, world)
+        if config.train.deterministic:
+            be_deterministic(self.device)
         dtype = pick_dtype(config, self.device)
         self.files = own_files(config)
         self.mesh = build_mesh(config, world, self.device)

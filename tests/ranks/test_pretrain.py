@@ -341,6 +341,17 @@ def test_batch_grows_with_the_samples_and_the_rate_with_the_tokens(tmp_path, tra
     assert "batch  6 samples (from 2 by 2 over 12) = " in ran[0]["out"]
 
 
+def test_deterministic_runs_give_the_same_numbers(tmp_path, train):
+    """On a CPU those of a run that is not asked to be: that is accepted, and changes nothing."""
+    kept = []
+    for name in ("one", "again", "unasked"):
+        config = config_of(tmp_path / name, {"dp": 2}, deterministic=name != "unasked")
+        assert [(one["code"], one["err"]) for one in train(config, 2)] == [(0, "")] * 2
+        lines = [line for line in lines_of(tmp_path / name) if "loss" in line]
+        kept.append([(line["loss"], line["grad_norm"]) for line in lines])
+    assert len(kept[0]) == 4 and kept[0] == kept[1] == kept[2]
+
+
 @pytest.fixture
 def done(tmp_path, train):
     """A run of four steps with a checkpoint at each second one."""

@@ -1,0 +1,77 @@
+"""What nvcc makes of the kernels: no register spills, and packs are moved 16 bytes at a time."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+import build
+from megalite.ops.library import SOURCES, Library
+
+PACKS = "_ZN8megalite5adamwILi8EffEEvNS_5AdamWIT0_T1_EE"
+WIDE = "template <> struct Word<16> { using type = uint4; };"
+NARROW = "struct Four { uint32_t x, y, z, w; }; template <> struct Word<16> { using type = Four; };"
+ONE = f"""
+    Function : {PACKS}
+        /*0100*/  LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;
+        /*0110*/  LDG.E R8, desc[UR4][R2.64+0x10] ;
+        /*0120*/  @P0 STG.E.EF.128 desc[UR4][R2.64], R4 ;
+        /*0130*/  @!P0 STG.E.U16 desc[UR4][R2.64], R4 ;
+        /*0140*/  LDS.128 R4, [R2] ;
+"""
+
+
+def needs(tool):
+    """Skips, with the reason, without the programs that `tool` looks for."""
+    try:
+        tool()
+    except build.BuildFailed as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A library for sm_90, and the lines of its build."""
+    needs(build.nvcc)
+    out = tmp_path_factory.mktemp("kernels") / "kernels.so"
+    return out, build.build(out, architectures=("90",))
+
+
+def test_kernels_compile_for_a_gpu_and_none_spills(built):
+    out, lines = built
+    assert len(lines) > 50 and all(line.startswith("sm_90") for line in lines)
+    assert not Library(out).emulated
+
+
+def test_packs_are_moved_by_accesses_of_16_bytes(built):
+    needs(build.disassemblers)
+    assert build.check_machine_code(built[0], "90") > 50
+
+
+def test_packs_that_are_moved_in_parts_are_found(tmp_path):
+    needs(build.nvcc)
+    needs(build.disassemblers)
+    for name in ("common.cuh", "adamw.cuh", "adamw.cu"):
+        shutil.copy(SOURCES / name, tmp_path)
+    text = (tmp_path / "common.cuh").read_text()
+    assert WIDE in text
+    (tmp_path / "common.cuh").write_text(text.replace(WIDE, NARROW))
+    out = tmp_path / "kernels.so"
+    build.build(out, architectures=("90",), sources=tmp_path)
+    with pytest.raises(build.BuildFailed, match=f"{PACKS} has no LDG of 128 bits"):
+        build.check_machine_code(out, "90")
+
+
+def test_accesses_are_counted_by_width():
+    counts = {("LDG", 128): 1, ("LDG", 32): 1, ("STG", 128): 1, ("STG", 16): 1}
+    assert build.accesses(ONE) == {PACKS: counts}
+    assert build.moves_packs(PACKS) and not build.moves_packs(PACKS.replace("Li8E", "Li1E"))
+
+
+def test_halves_beside_whole_packs_are_found():
+    """Of weights that stay whole while rows are moved in two."""
+    assert not list(build.faults_of(PACKS, build.accesses(ONE)[PACKS]))
+    rows = ONE + "  LDG.E.64 R4, [R2] ;\n" * 8
+    found = list(build.faults_of(PACKS, build.accesses(rows)[PACKS]))
+    assert found == [f"{PACKS} has 9 LDG of less than 128 bits"]
