@@ -106,8 +106,8 @@ def run_once(zero: int, args: argparse.Namespace) -> dict:
     return json.loads(rows[-1])
 
 
-def summary(rows: list[dict]) -> None:
-    """Print medians over rounds, and whether they fall in order."""
+def summary(rows: list[dict]) -> bool:
+    """Print medians over rounds, and whether they fall in order; that is what it gives."""
     print(f"{'layout':<12}{'world':>6}{'rss MB':>9}{'formula MB':>12}{'rss/formula':>13}")
     medians = []
     for layout in dict.fromkeys(row["layout"] for row in rows):
@@ -118,10 +118,11 @@ def summary(rows: list[dict]) -> None:
     falls = all(a > b for a, b in zip(medians, medians[1:], strict=False))
     size = f"{rows[0]['parameters'] / 1e6:.0f}M parameters"
     print(f"{size}: RSS {'falls' if falls else 'does NOT fall'} from stage to stage")
+    return falls
 
 
-def main() -> None:
-    """Parse, run the rounds, print and write."""
+def main() -> int:
+    """Parse, run the rounds, print and write; 1 if a stage does not take less than that before."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -140,10 +141,11 @@ def main() -> None:
     for number in range(args.rounds):
         for zero in range(4):
             rows.append({**run_once(zero, args), "round": number})
-    summary(rows)
+    falls = summary(rows)
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    return 0 if falls else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
