@@ -72,7 +72,7 @@ class Call:
     beside: list[Callable[[], None]] = field(default_factory=list)
     """Where weight-gradient jobs wait for a collective that they can hide."""
     training: bool = True
-    """Dropout is on."""
+    """Dropout is on, and what is added to the loss."""
     parts: Parts | None = None
     """The parts of a layer that backward runs again; None keeps everything."""
 
@@ -124,6 +124,10 @@ class Call:
     def deferring(self, later: list[Callable[[], None]]) -> Call:
         """The same call with its weight gradients left in `later`."""
         return replace(self, later=later)
+
+    def evaluating(self) -> Call:
+        """The same call, not to be learned from."""
+        return replace(self, training=False)
 
     def recomputing(self, parts: Parts) -> Call:
         """The same call with some parts run again in backward."""

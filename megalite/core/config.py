@@ -68,6 +68,10 @@ class ModelConfig:
     """Dropout on embeddings and on each half block's output."""
     attention_dropout: float = 0.0
     """Dropout on attention probabilities; above 0 takes the explicit softmax path."""
+    label_smoothing: float = 0.0
+    """Share of the target that is spread over the whole vocabulary; in training alone."""
+    z_loss: float = 0.0
+    """Weight of log(sum of exp(logits))^2, which keeps logits small; in training alone."""
     init_std: float = 0.02
     """Spread of initial weights; projections into the residual divide it by sqrt(2 x layers)."""
     mup_base_width: int | None = None

@@ -161,5 +161,10 @@ class GPT(nn.Module):
         if call.labels is None:
             return logits
         return cross_entropy_sum(
-            logits.flatten(0, 1), call.labels.flatten(), self.cfg.vocab_size, self.tp
+            logits.flatten(0, 1),
+            call.labels.flatten(),
+            self.cfg.vocab_size,
+            self.tp,
+            smoothing=self.cfg.label_smoothing if call.training else 0.0,
+            z_loss=self.cfg.z_loss if call.training else 0.0,
         )

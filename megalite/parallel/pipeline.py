@@ -99,7 +99,11 @@ class Pipeline:
 
     @torch.no_grad()
     def evaluate(self, calls: Sequence[Call]) -> list[Tensor]:
-        """Forward alone: what the last stage gave for each call, nothing where it is elsewhere."""
+        """Forward alone: what the last stage gave for each call, nothing where it is elsewhere.
+
+        Without what is there for training only: dropout, and what is added to the cross entropy.
+        """
+        calls = [call.evaluating() for call in calls]
         return self._walk(forward_only(self.schedule_for(len(calls))), calls)
 
     def _walk(

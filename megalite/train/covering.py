@@ -39,6 +39,8 @@ FORMS: dict[str, dict[str, Any]] = {
         "sliding_window": 5,
         "logit_soft_cap": 4.0,
         "attention_soft_cap": 3.0,
+        "label_smoothing": 0.1,
+        "z_loss": 1e-3,
     },
 }
 FACTORS: dict[str, tuple[Any, ...]] = {

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from megalite.core.mesh import Axis
 from megalite.layers.loss import cross_entropy_sum
-from megalite.ops import backend, cross_entropy
+from megalite.ops import cross_entropy
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 WIDTHS = (1, 7, 8, 31, 33, 1000, 1023, 4097, 12288, 50257)
@@ -57,47 +57,53 @@ def test_padding_is_never_predicted(emulated):
     assert not leaf.grad[:, 50:].any()
 
 
-def test_two_ranks_find_what_one_does(emulated):
-    """The second rank's columns are padding, but for one."""
-    logits, labels = drawn(5, 48, torch.float32)
-    known, wanted = 25, in_float64(logits[:, :25], labels := labels.clamp(min=0) % 25)
-    parts = [logits[:, :24].contiguous(), logits[:, 24:].contiguous()]
-    begun, columns = [], []
-    for idx, part in enumerate(parts):
-        here = (labels >= 24 * idx) & (labels < 24 * (idx + 1))
-        columns.append(((labels - 24 * idx).masked_fill(~here, 0), here))
-        begun.append(cross_entropy.begin(part, *columns[idx], min(24, known - 24 * idx)))
+def in_parts(logits, labels, known, **how):
+    """Losses and gradient of two ranks, each of which has half of the columns."""
+    width, size = logits.shape[1] // 2, known
+    pieces, parts = [piece.contiguous() for piece in logits.split(width, 1)], []
+    for idx in range(2):
+        here = (labels >= width * idx) & (labels < width * (idx + 1))
+        column = (labels - width * idx).masked_fill(~here, 0)
+        mine = min(width, max(0, known - width * idx))
+        parts.append(cross_entropy.Part(column, here, mine, size, **how))
+    both = list(zip(pieces, parts, strict=True))
+    begun = [cross_entropy.begin(piece, part) for piece, part in both]
     top = torch.maximum(begun[0][0], begun[1][0])
-    sums = sum(
-        cross_entropy.partials(part, top, *columns[idx], begun[idx])
-        for idx, part in enumerate(parts)
-    )
-    assert (sums[0].log() - sums[1]).sum().item() == pytest.approx(wanted[0], rel=1e-5)
-    grads = [
-        cross_entropy.gradient_(
-            part, top, sums[0], *columns[idx], torch.ones(5), min(24, known - 24 * idx)
-        )
-        for idx, part in enumerate(parts)
+    found = [
+        cross_entropy.partials(piece, top, part, first)
+        for (piece, part), first in zip(both, begun, strict=True)
     ]
-    torch.testing.assert_close(
-        torch.cat(grads, 1)[:, :25].double(), wanted[1], rtol=1e-4, atol=1e-5
-    )
-    assert not torch.cat(grads, 1)[:, 25:].any()
+    sums = found[0] + found[1]
+    ones = torch.ones(len(logits))
+    grads = [cross_entropy.gradient_(piece, top, sums[0], part, ones) for piece, part in both]
+    return cross_entropy.losses(top, sums, parts[0]), torch.cat(grads, 1)
 
 
-def test_smoothing_and_z_loss(emulated):
-    """Of the bodies alone: the model has neither yet."""
-    logits, labels = drawn(3, 40, torch.float32)
-    labels, s, z = labels.clamp(min=0), 0.1, 0.01
-    leaf = logits.double().requires_grad_()
-    lse = leaf.logsumexp(-1)
-    losses = F.cross_entropy(leaf, labels, label_smoothing=s, reduction="none") + z * lse**2
-    losses.sum().backward()
-    top, sums = cross_entropy.begin(logits, labels, labels >= 0, 40)
-    ours = top + sums[0].log()
-    torch.testing.assert_close(ours.double(), lse.detach(), rtol=1e-6, atol=1e-6)
-    smoothed = ours - (1 - s) * sums[1] - s * sums[2] / 40 + z * ours**2
-    torch.testing.assert_close(smoothed.double(), losses.detach(), rtol=1e-5, atol=1e-5)
-    given = (logits, logits, ours, torch.ones(3), labels, 3, 40, 40, 40, s, z)
-    backend.launch("cross_entropy_backward", *given)
-    torch.testing.assert_close(logits.double(), leaf.grad, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("known", [17, 25, 48])
+def test_two_ranks_find_what_one_does(emulated, known):
+    """The second rank's columns are padding, all, but for one, or none."""
+    logits, labels = drawn(5, 48, torch.float32)
+    labels = labels.clamp(min=0) % known
+    wanted, grad = in_float64(logits[:, :known], labels)
+    losses, grads = in_parts(logits, labels, known)
+    assert emulated.count == 4
+    assert losses.sum().item() == pytest.approx(wanted, rel=1e-5)
+    torch.testing.assert_close(grads[:, :known].double(), grad, rtol=1e-4, atol=1e-5)
+    assert not grads[:, known:].any()
+
+
+@pytest.mark.parametrize("how", [{"smoothing": 0.1}, {"z_loss": 0.01}, {}], ids=str)
+@pytest.mark.parametrize("known", [17, 48])
+def test_smoothing_and_z_loss_over_two_ranks(emulated, how, known):
+    how = how or {"smoothing": 0.2, "z_loss": 0.02}
+    logits, labels = drawn(5, 48, torch.float32)
+    labels = labels.clamp(min=0) % known
+    leaf = logits[:, :known].double().requires_grad_()
+    smoothing, z_loss = how.get("smoothing", 0.0), how.get("z_loss", 0.0)
+    wanted = F.cross_entropy(leaf, labels, label_smoothing=smoothing, reduction="none")
+    wanted = wanted + z_loss * leaf.logsumexp(-1) ** 2
+    wanted.sum().backward()
+    losses, grads = in_parts(logits, labels, known, **how)
+    torch.testing.assert_close(losses.double(), wanted.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grads[:, :known].double(), leaf.grad, rtol=1e-4, atol=1e-5)
+    assert not grads[:, known:].any()

@@ -34,6 +34,25 @@ def test_loss_and_gradient_equal_torch_with_padding_and_masks(dtype):
     assert (ours.grad[:, vocab:] == 0).all() and (ours.grad[::3] == 0).all()
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("z_loss", [0.0, 0.01])
+@pytest.mark.parametrize("dtype", TOL, ids=str)
+def test_smoothing_and_z_loss_are_of_the_known_vocabulary(dtype, smoothing, z_loss):
+    logits, labels, vocab = case(dtype)
+    expected = logits.clone().requires_grad_()
+    known = expected[:, :vocab]
+    how = {"ignore_index": IGNORE, "reduction": "sum", "label_smoothing": smoothing}
+    wanted = F.cross_entropy(known, labels, **how)
+    wanted = wanted + z_loss * (known.logsumexp(-1)[labels != IGNORE] ** 2).sum()
+    (0.3 * wanted).backward()
+    ours = logits.clone().requires_grad_()
+    loss = cross_entropy_sum(ours * 1, labels, vocab, ONE, smoothing=smoothing, z_loss=z_loss)
+    (0.3 * loss).backward()
+    torch.testing.assert_close(loss, wanted, rtol=TOL[dtype], atol=TOL[dtype])
+    torch.testing.assert_close(ours.grad, expected.grad, rtol=TOL[dtype], atol=TOL[dtype])
+    assert (ours.grad[:, vocab:] == 0).all() and (ours.grad[::3] == 0).all()
+
+
 def test_loss_of_nothing_but_masked_labels_is_zero():
     logits, labels, vocab = case(torch.float64)
     x = logits.requires_grad_()
