@@ -169,7 +169,8 @@ def _pretrain(argv: list[str], environment: Mapping[str, str]) -> int:
     if needed > 1 and not world.launched:
         _say_how_to_launch(needed, argv)
         return UserError.exit_code
-    _load(VERBS["pretrain"].function)(config, world)
+    explain = _load("megalite.plan.out_of_memory:explain")
+    _load(VERBS["pretrain"].function)(config, world, explain)
     return 0
 
 

@@ -11,16 +11,22 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+
+import torch
 
 from megalite.core.config import Config
 from megalite.core.errors import CheckpointError, PeerFailed, RunError, UserError
 from megalite.core.mesh import disconnect
 from megalite.core.world import World
+
+Explain = Callable[[Exception, Config, World], str]
+"""What an exception that says memory is short means for a rank: plan/out_of_memory.py, from above.
+"""
 
 
 class Stopped(Exception):
@@ -56,7 +62,7 @@ def logs_of(config: Config) -> Path:
 
 
 @contextmanager
-def failures_told(config: Config, world: World) -> Iterator[None]:
+def failures_told(config: Config, world: World, explain: Explain | None = None) -> Iterator[None]:
     """Run the body; turn what it raises into one line, a traceback file and an exit code."""
     place = place_of(config, world)
     try:
@@ -77,8 +83,19 @@ def failures_told(config: Config, world: World) -> Iterator[None]:
         raise  # alike on every rank: the front door prints it once
     except Exception as e:
         path = _write_traceback(config, world)
-        _tell(config, f"{place}: {type(e).__name__}: {e} (traceback in {path})")
+        cause = f"{type(e).__name__}: {e}"
+        if explain is not None and is_out_of_memory(e):
+            with suppress(MemoryError):  # the host may not even have enough left for that
+                cause = explain(e, config, world)
+        _tell(config, f"{place}: {cause} (traceback in {path})")
         sys.exit(RunError.exit_code)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a GPU or the host had no room; torch says the latter by a RuntimeError."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def _write_traceback(config: Config, world: World) -> Path:

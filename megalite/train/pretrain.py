@@ -39,7 +39,7 @@ from megalite.train.build import (
 from megalite.train.data import find_tokenizer, open_data
 from megalite.train.deterministic import be_deterministic
 from megalite.train.evaluate import HeldOut, evaluate, held_out, sample
-from megalite.train.failure import Stop, Stopped, failures_told, forget_cause
+from megalite.train.failure import Explain, Stop, Stopped, failures_told, forget_cause
 from megalite.train.loop import Reduced
 from megalite.train.metrics import Metrics, peak_memory_gb
 from megalite.train.own_files import as_tree, changed_files, check_own_code, own_files
@@ -50,13 +50,13 @@ from megalite.train.trace import Trace
 SAMPLE_TOKENS = 40
 
 
-def pretrain(config: Config, world: World) -> None:
+def pretrain(config: Config, world: World, explain: Explain | None = None) -> None:
     """Train as `config` says; all ranks of `world` call it together.
 
     A rank that fails writes its traceback to logs/rank-N.log and prints one line; the others end
-    silently.
+    silently. `explain` says what it means that memory is short.
     """
-    with failures_told(config, world):
+    with failures_told(config, world, explain):
         Run(config, world).train()
         mesh_module.disconnect()
 

@@ -13,8 +13,10 @@ import torch
 
 from megalite.core.config import Config
 from megalite.core.errors import UserError
-from megalite.core.mesh import Mesh
+from megalite.core.mesh import Mesh, disconnect
 from megalite.core.world import World
+from megalite.parallel.pipeline import Pipeline
+from megalite.plan.out_of_memory import explain
 from megalite.train.agree import check_agreement
 from megalite.train.pretrain import pretrain
 
@@ -35,7 +37,7 @@ def train(rank: int, world: int, config: dict, signal_at: int = 0, signalled: in
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            pretrain(Config.from_dict(config), here)
+            pretrain(Config.from_dict(config), here, explain)
         except SystemExit as stop:
             code = int(stop.code or 0)
         except UserError as e:  # the front door's part, for mistakes that all ranks see alike
@@ -65,3 +67,12 @@ def train_beside(rank: int, world: int, config: dict, folders: list[str]) -> dic
 def train_apart(rank: int, world: int, configs: list[dict]) -> dict:
     """Run `pretrain` with a config for each rank."""
     return train(rank, world, configs[rank])
+
+
+def train_greedily(rank: int, world: int, config: dict, greedy: int) -> dict:
+    """Run `pretrain`; rank `greedy` asks for 40 TB where its microbatches run."""
+    if rank == greedy:
+        Pipeline.run = lambda *args, **kwargs: torch.empty(10**13)
+    found = train(rank, world, config)
+    disconnect()  # as the end of its process would: the others notice
+    return found

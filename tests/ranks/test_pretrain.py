@@ -244,6 +244,18 @@ def test_failing_save_is_told_by_its_rank_alone(tmp_path, train):
     assert "PeerFailed" in (tmp_path / "logs" / "rank-3.log").read_text()
 
 
+def test_rank_without_memory_says_what_it_held_and_what_frees_most(tmp_path, run_ranks):
+    config = config_of(tmp_path, {"dp": 2, "pp": 2, "zero": 0}).to_dict()
+    found = run_ranks(f"{JOBS}:train_greedily", 4, config=config, greedy=2)
+    assert [one["code"] for one in found] == [5] * 4
+    assert [bool(one["err"]) for one in found] == [False, False, True, False]
+    said = found[2]["err"]
+    start = "megalite: error: rank 2 (pp1 dp0 tp0): out of memory: asked for 37252.90 GiB, held "
+    assert said.startswith(start) and said.count("\n") == 1
+    assert re.search(r"; the plan of pp1 is weights .* MiB; --\S+ \S+ frees most of it, ", said)
+    assert "alloc_cpu" in (tmp_path / "logs" / "rank-2.log").read_text()
+
+
 def test_loss_that_is_no_number_is_told_once(tmp_path, train):
     found = train(config_of(tmp_path, {"dp": 2}, lr=1e30, train_steps=50), 2)
     assert [one["code"] for one in found] == [5, 5]

@@ -324,7 +324,12 @@ def test_pretrain_gets_config_and_world(here, loaded, monkeypatch):
         monkeypatch.setenv(name, value)
     assert front.main(["pretrain"]) == 0
     there = World(rank=1, size=2, local_rank=1, local_size=2, launched=True)
-    assert loaded == [("pretrain", Config(), World()), ("pretrain", Config(), there)]
+    assert [call[:3] for call in loaded] == [
+        ("pretrain", Config(), World()),
+        ("pretrain", Config(), there),
+    ]
+    loaded[0][3]()
+    assert loaded[-1] == ("explain",)
 
 
 @pytest.mark.parametrize(
