@@ -1,4 +1,4 @@
-"""The products of a linear, forward and backward, by the faster of torch's two CPU libraries.
+"""The products of a linear, forward and backward; on CPU by the faster of torch's two libraries.
 
 torch multiplies float32 matrices on CPU by MKL, which takes its slower kernels on a processor that
 is not Intel's: half the speed of oneDNN's there (docs/peers.md has figures). oneDNN is in torch,
@@ -49,6 +49,9 @@ def add_product(total: Tensor, dy: Tensor, x: Tensor) -> None:
         total.add_(_onednn(x.t(), dy.t()).t() if narrow else _onednn(dy.t(), x.t()))
     elif total.dtype == dy.dtype:
         total.addmm_(dy.t(), x)
+    elif total.is_cuda:
+        # In one pass over `total`, and the product is never rounded to the narrow type.
+        torch.addmm(total, dy.t(), x, out_dtype=total.dtype, out=total)
     else:
         total.add_(dy.t() @ x)
 

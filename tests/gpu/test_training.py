@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megalite.core import matmul
 from megalite.core.config import Config, ModelConfig, OptimConfig, TrainConfig
 from megalite.core.mesh import Mesh
 from megalite.data.loader import Synthetic
@@ -44,6 +45,17 @@ def losses(engine: Engine, steps: int = STEPS) -> torch.Tensor:
     batch = engine.config.train.global_batch_size
     found = [train_step(engine, loader.step(n * batch), lr=1e-3).loss for n in range(steps)]
     return torch.stack(found).cpu()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weight_gradients_add_up_in_float32(dtype):
+    dy, x = torch.randn(512, 96, device="cuda"), torch.randn(512, 64, device="cuda")
+    dy, x = dy.to(dtype), x.to(dtype)
+    total = torch.full((96, 64), 100.0, device="cuda")
+    matmul.add_product(total, dy, x)
+    wanted = 100.0 + dy.double().t() @ x.double()
+    # A product that was rounded to the narrow type would be off by up to 0.1.
+    assert ((total - wanted).abs() <= 1e-3).all()
 
 
 @pytest.mark.parametrize("form", [GPT, LLAMA], ids=["gpt", "llama"])
