@@ -10,7 +10,7 @@ padding, which belongs to no piece. Next: params.py, which makes a tensor of a S
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import lcm, prod
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -39,6 +39,8 @@ class Block:
     """For each dimension, the axis that cuts it (None: whole on every rank)."""
     grad_sum: tuple[str, ...] = ()
     """Axes over which a backward pass leaves this block's gradient partial."""
+    aligned: bool = False
+    """Each rank's rows along dim 0 are padded to `aligned_rows`."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Shard:
 
     def local_shape(self, axes: Mapping[str, Axis]) -> tuple[int, ...]:
         """Shape of every rank's tensor, padding included."""
-        rows = sum(_width(b.size, b.cut[0], axes) for b in self.blocks)
+        rows = sum(_rows(b, axes) for b in self.blocks)
         rest = tuple(_width(n, self.blocks[0].cut[d], axes) for d, n in enumerate(self.shape) if d)
         return (rows, *rest)
 
@@ -67,7 +69,9 @@ class Shard:
         whole_row = local_row = 0
         for number, block in enumerate(self.blocks):
             sizes = (block.size, *self.shape[1:])
-            spans = [_span(n, axis, axes) for n, axis in zip(sizes, block.cut, strict=True)]
+            cuts = zip(sizes[1:], block.cut[1:], strict=True)
+            spans = [_span(block.size, block.cut[0], axes, _rows(block, axes))]
+            spans += [_span(n, axis, axes, _width(n, axis, axes)) for n, axis in cuts]
             starts = [whole_row] + [0] * (len(sizes) - 1)
             whole = tuple((s + lo, s + hi) for s, (lo, hi) in zip(starts, spans, strict=True))
             starts[0] = local_row
@@ -75,7 +79,7 @@ class Shard:
             if all(hi > lo for lo, hi in whole):
                 yield Piece(number, whole, local)
             whole_row += block.size
-            local_row += _width(block.size, block.cut[0], axes)
+            local_row += _rows(block, axes)
 
     def owned(self, axes: Mapping[str, Axis]) -> Iterator[Piece]:
         """The pieces that this rank, of all that hold the same numbers, saves and counts in norms.
@@ -97,10 +101,26 @@ def _width(n: int, axis: str | None, axes: Mapping[str, Axis]) -> int:
     return n if axis is None else -(-n // axes[axis].size)
 
 
-def _span(n: int, axis: str | None, axes: Mapping[str, Axis]) -> tuple[int, int]:
+def _rows(block: Block, axes: Mapping[str, Axis]) -> int:
+    rows = _width(block.size, block.cut[0], axes)
+    return aligned_rows(rows) if block.aligned else rows
+
+
+def aligned_rows(rows: int) -> int:
+    """`rows`, and so many more that GPUs multiply and move them at full speed.
+
+    A multiple of 64, or of the largest power of two that adds no more than one row in 64: matrices
+    whose rows start at odd places take kernels of half the speed.
+    """
+    multiple = 64
+    while -rows % multiple > rows // 64:
+        multiple //= 2
+    return rows + -rows % multiple
+
+
+def _span(n: int, axis: str | None, axes: Mapping[str, Axis], width: int) -> tuple[int, int]:
     if axis is None:
         return 0, n
-    width = _width(n, axis, axes)
     start = min(n, axes[axis].idx * width)
     return start, min(n, start + width)
 
@@ -108,6 +128,11 @@ def _span(n: int, axis: str | None, axes: Mapping[str, Axis]) -> tuple[int, int]
 def column(d_out: int, d_in: int, *, axis: str = "tp") -> Shard:
     """A [d_out, d_in] weight whose output rows are cut."""
     return Shard((d_out, d_in), (Block(d_out, (axis, None)),))
+
+
+def vocabulary(v: int, h: int, *, tied: tuple[int, int] | None = None) -> Shard:
+    """A [v, h] table of tokens, or head, whose rows are cut."""
+    return Shard((v, h), (Block(v, ("tp", None), aligned=True),), tied)
 
 
 def row(d_out: int, d_in: int, *, axis: str = "tp") -> Shard:
@@ -123,7 +148,7 @@ def whole(*shape: int, grad_sum: tuple[str, ...] = ()) -> Shard:
 def without_dim(shard: Shard, dim: int) -> Shard:
     """The Shard of a bias beside that weight: the same blocks with one dimension left out."""
     shape = shard.shape[:dim] + shard.shape[dim + 1 :]
-    blocks = tuple(Block(b.size, b.cut[:dim] + b.cut[dim + 1 :], b.grad_sum) for b in shard.blocks)
+    blocks = tuple(replace(b, cut=b.cut[:dim] + b.cut[dim + 1 :]) for b in shard.blocks)
     return Shard(shape, blocks)
 
 

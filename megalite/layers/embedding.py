@@ -62,8 +62,7 @@ class Embedding(nn.Module):
     def __init__(self, cfg: ModelConfig, tp: Axis, *, uses: int, tied: tuple[int, int] | None):
         super().__init__()
         self.tp = tp
-        v, h = cfg.vocab_size, cfg.hidden_size
-        cut = shard.Shard((v, h), (shard.Block(v, ("tp", None)),), tied)
+        cut = shard.vocabulary(cfg.vocab_size, cfg.hidden_size, tied=tied)
         self.weight = new_param(cut, tp.named, init=gaussian(cfg.init_std), uses=uses)
 
     def forward(self, call: Call) -> Tensor:

@@ -101,7 +101,7 @@ class GPT(nn.Module):
         if last:
             self.final_norm = Norm(cfg.hidden_size, cfg, tp, row_sum=row_sum)
             if not tied:
-                cut = shard.column(cfg.vocab_size, cfg.hidden_size)
+                cut = shard.vocabulary(cfg.vocab_size, cfg.hidden_size)
                 self.head = new_param(cut, tp.named, init=gaussian(cfg.init_std))
         self.key = rng.key(seed, "dropout", "embedding")
         self.run_unit: RunUnit = plainly

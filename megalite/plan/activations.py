@@ -15,6 +15,7 @@ import torch
 from megalite.core.check import PARTS
 from megalite.core.config import Config
 from megalite.core.params import acc_dtype
+from megalite.core.shard import aligned_rows
 
 TOKEN_BYTES = 16
 """Of a call: token and label."""
@@ -158,7 +159,8 @@ class LayerBytes:
     @property
     def logits(self) -> float:
         """Of the vocabulary here."""
-        return self.rows * -(-self.model.vocab_size // self.layout.tp) * self.size
+        here = -(-self.model.vocab_size // self.layout.tp)
+        return self.rows * aligned_rows(here) * self.size
 
 
 def stage_activations(

@@ -153,6 +153,8 @@ ROWS = [
         {"tp": 2, "pp": 2, "dp": 2, "zero": 3, "vpp": 2, "schedule": "zb-v"}),
     Row("zero3 everything kv2 tp4 dp2", replace(EVERYTHING, num_kv_heads=2),
         {"tp": 4, "dp": 2, "zero": 3}),
+    Row("padded vocabulary tp2 pp2 zero3 dp2", replace(UNTIED, vocab_size=1003),
+        {"tp": 2, "pp": 2, "dp": 2, "zero": 3}),
     Row("smoothing z-loss tp2 no-sp pp2",
         replace(GPT, vocab_size=61, label_smoothing=0.1, z_loss=1e-2),
         {"tp": 2, "pp": 2, "sequence_parallel": False}),

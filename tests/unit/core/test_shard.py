@@ -12,6 +12,7 @@ from megalite.core.mesh import Axis, Mesh
 from megalite.core.shard import (
     Block,
     Shard,
+    aligned_rows,
     box_shape,
     box_spans,
     column,
@@ -21,6 +22,7 @@ from megalite.core.shard import (
     sequence_positions,
     shift,
     slices,
+    vocabulary,
     whole,
     without_dim,
 )
@@ -100,7 +102,9 @@ def cut_tensors(draw):
             cut = (draw(st.sampled_from(names)), *(None for _ in rest))
         else:
             cut = (None, "tp", *(None for _ in rest[1:]))
-        blocks.append(Block(draw(st.integers(1, 9)), cut))
+        aligned = by_rows and draw(st.booleans())
+        rows = draw(st.integers(1, 900 if aligned else 9))
+        blocks.append(Block(rows, cut, aligned=aligned))
     return Shard((sum(b.size for b in blocks), *rest), tuple(blocks)), tp, kv
 
 
@@ -134,6 +138,18 @@ def test_uneven_cut_pads_the_last_ranks():
     rows = [[p.whole[0] for p in shard.pieces(axes_of(4, rank))] for rank in range(4)]
     assert rows == [[(0, 2)], [(2, 4)], [(4, 5)], []]
     assert shard.local_shape(axes_of(4, 3)) == (2, 2)
+
+
+def test_vocabulary_is_padded_to_what_gpus_multiply_well_and_never_by_much():
+    assert [aligned_rows(n) for n in (0, 1, 61, 127, 501, 4096)] == [0, 1, 61, 128, 504, 4096]
+    for n in range(1, 5000):
+        assert n <= aligned_rows(n) <= n + n // 64
+    for tp, rows in ((1, 50304), (2, 25152), (4, 12608)):
+        shard = vocabulary(50257, 8)
+        found = [list(shard.pieces(axes_of(tp, rank))) for rank in range(tp)]
+        assert shard.local_shape(axes_of(tp, 0)) == (rows, 8)
+        spans = [piece.whole[0] for pieces in found for piece in pieces]
+        assert spans == [(rows * i, min(50257, rows * (i + 1))) for i in range(tp)]
 
 
 def test_row_shard_cuts_columns_and_whole_cuts_nothing():
