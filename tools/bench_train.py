@@ -28,10 +28,11 @@ from megalite.core.config import Config, LayoutConfig, ModelConfig, OptimConfig,
 from megalite.core.mesh import disconnect
 from megalite.core.world import World
 from megalite.data.loader import Synthetic
-from megalite.models.build import token_flops
 from megalite.models.presets import PRESETS, num_parameters
 from megalite.schedule.generators import SCHEDULES
 from megalite.train.build import build_engine, build_loader, build_mesh, pick_device, pick_dtype
+from megalite.train.deterministic import be_deterministic
+from megalite.train.flops import peak_of, rates
 from megalite.train.loop import train_step
 from megalite.train.metrics import peak_memory_gb
 
@@ -89,11 +90,18 @@ def worker(args: argparse.Namespace) -> None:
         model=ModelConfig(**values),
         layout=LayoutConfig(**parse_layout(args.worker)),
         optim=OptimConfig(lr=3e-4, warmup_steps=4),
-        train=TrainConfig(**batch, device=args.device, ops_backend=args.ops_backend),
+        train=TrainConfig(
+            **batch,
+            device=args.device,
+            ops_backend=args.ops_backend,
+            deterministic=args.deterministic,
+        ),
     )
     world = World.from_environment(os.environ)
     config.check(world.size)
     device = pick_device(config, world)
+    if args.deterministic:
+        be_deterministic(device)
     mesh = build_mesh(config, world, device)
     engine = build_engine(config, mesh, device=device, dtype=pick_dtype(config, device))
     loader = build_loader(engine, Synthetic(config.model.vocab_size, config.model.seq_len, 1234))
@@ -123,7 +131,8 @@ def worker(args: argparse.Namespace) -> None:
             "cpu_s_per_step": statistics.median(spent.tolist()[args.warmup :]),
             "step_ms": 1000 * seconds,
             "tokens_per_s": tokens / seconds,
-            "tflops_per_rank": 1e-12 * token_flops(config.model) * tokens / seconds / world.size,
+            "deterministic": args.deterministic,
+            **rates(config.model, tokens / seconds / world.size, peak_of(device, engine.dtype)),
             "peak_mb": peak.item(),
             "loss_first": losses[0],
             "loss_last": losses[-1],
@@ -138,6 +147,7 @@ def run_once(layout: str, args: argparse.Namespace) -> dict:
     own = ["--worker", layout, "--workload", args.workload, "--steps", str(args.steps)]
     own += ["--warmup", str(args.warmup), "--threads", str(args.threads), "--device", args.device]
     own += ["--ops-backend", args.ops_backend]
+    own += ["--deterministic"] if args.deterministic else []
     env = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "PYTHONPATH": str(ROOT)}
     env["OMP_WAIT_POLICY"] = "passive"  # idle threads that spin would count as CPU seconds
     env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
@@ -194,6 +204,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads of each rank")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda", "auto"))
     parser.add_argument("--ops-backend", default="auto", choices=("auto", "fused", "torch", "apex"))
+    parser.add_argument("--deterministic", action="store_true", help="as pretrain's")
     parser.add_argument("--json", metavar="OUT", help="write every round's row")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -40,11 +40,6 @@ def head_flops(cfg: ModelConfig) -> float:
     return 2 * cfg.hidden_size * cfg.vocab_size
 
 
-def token_flops(cfg: ModelConfig) -> float:
-    """Flops of a token in training: a forward, and a backward of twice as many."""
-    return 3 * (cfg.num_layers * layer_flops(cfg) + head_flops(cfg))
-
-
 def split_layers(cfg: ModelConfig, num_stages: int) -> tuple[int, ...]:
     """Layers of each stage, at least one each, with the slowest stage as fast as can be.
 

@@ -13,6 +13,7 @@ import torch
 
 from megalite.core.config import Config
 from megalite.models.presets import num_parameters
+from megalite.train.flops import token_flops
 
 WIDTH = 110
 LONGEST = 16
@@ -93,11 +94,27 @@ def header(
     return lines + [f"  {fact}" for fact in facts]
 
 
-class Progress:
-    """The running line: percent, loss, rate and the time that is left."""
+def flops_rule(config: Config, device: torch.device, peak: float | None) -> str:
+    """What a GPU's TFLOP/s and MFU count, and of which peak (TFLOP/s of a rank, None: unknown)."""
+    flops = token_flops(config.model)
+    rule = (
+        f"flops  a token {count(flops.causal)} = 6N + 6Lsh (causal), {count(flops.full)} = "
+        f"6N + 12Lsh (full), N {count(flops.weights)}"
+    )
+    name = torch.cuda.get_device_name(device)
+    if peak is None:
+        return f"{rule}; no MFU, as no peak is known of {name} in this precision"
+    return f"{rule}; MFU of {peak:.0f}T, {name}'s dense bf16"
 
-    def __init__(self, config: Config, first_step: int, samples: int):
-        self.config = config
+
+class Progress:
+    """The running line: percent, loss, rate and the time that is left.
+
+    `peak`: TFLOP/s of all ranks together, if it is known.
+    """
+
+    def __init__(self, config: Config, first_step: int, samples: int, *, peak: float | None = None):
+        self.config, self.peak = config, peak
         self.started, self.first = time.monotonic(), first_step
         self.last_time, self.last_step, self.last_samples = self.started, first_step, samples
 
@@ -112,6 +129,9 @@ class Progress:
         self.last_time, self.last_step, self.last_samples = now, step, samples
         # Of a batch that never changes, steps say as much.
         shown = f"  {count(samples)} samples" if train.rampup_batch_size else ""
+        if self.peak is not None:
+            mfu = token_flops(self.config.model).causal * rate / 1e12 / self.peak
+            shown = f"  mfu {100 * mfu:.1f}%{shown}"
         left = (train.train_steps - step) * (now - self.started) / max(1, step - self.first)
         width = len(str(train.train_steps))
         return (

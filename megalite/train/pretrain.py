@@ -24,10 +24,9 @@ from megalite.core import mesh as mesh_module
 from megalite.core.config import FILES, Config
 from megalite.core.errors import CheckpointError, RunError, UserError
 from megalite.core.world import World
-from megalite.models.build import token_flops
 from megalite.optim.lr import learning_rate
 from megalite.schedule.simulate import bubble
-from megalite.train import console
+from megalite.train import console, flops
 from megalite.train.build import (
     build_engine,
     build_loader,
@@ -82,6 +81,7 @@ class Run:
         self.description = description
         self._prepare_out()
         self.engine = build_engine(config, self.mesh, device=self.device, dtype=dtype)
+        self.peak = flops.peak_of(self.device, dtype)
         self.loader = build_loader(self.engine, source)
         self.held_out = self._held_out()
         check_space(self.out, self.engine.optimizer, self.mesh)
@@ -102,6 +102,8 @@ class Run:
                 config, self.world.size, device=self.device, data=self.description, bubble=share
             )
         )
+        if self.device.type == "cuda":
+            self._say(f"  {console.flops_rule(config, self.device, self.peak)}")
         metrics = Metrics(self.out, from_step=self.step) if self._is_first else None
         self.metrics = metrics
         if metrics is not None:
@@ -111,7 +113,8 @@ class Run:
             self._say(f"resumed at step {self.step} from {self.out}/checkpoints")
             if 0 < train.traced.stop <= self.step + 1:
                 self._say(f"megalite: warning: --trace-steps {train.trace_steps}: taken before")
-        self.progress = console.Progress(config, self.step, self.samples)
+        peak = None if self.peak is None else self.peak * self.world.size
+        self.progress = console.Progress(config, self.step, self.samples, peak=peak)
         began = time.monotonic()
         saved = self.step
         while self.step < train.train_steps:
@@ -166,12 +169,7 @@ class Run:
             "grad_norm": None,
             "step_ms": 1000 * seconds,
             "tokens_per_s": per_step / seconds,
-            "tflops_per_rank": token_flops(config.model)
-            * per_step
-            / seconds
-            / self.world.size
-            / 1e12,
-            "mfu": None,
+            **flops.rates(config.model, per_step / seconds / self.world.size, self.peak),
             "peak_mem_gb": peak_memory_gb(self.device),
             "loss_scale": None,
             "skipped": 0,

@@ -33,7 +33,8 @@ LAUNCH = Path(__file__).resolve().parents[2] / "examples" / "launch.sh"
 VOCAB = 600
 STEP_KEYS = [
     *("step", "tokens", "samples", "loss", "lr", "grad_norm", "step_ms", "tokens_per_s"),
-    *("tflops_per_rank", "mfu", "peak_mem_gb", "loss_scale", "skipped"),
+    *("tflops_per_rank", "tflops_per_rank_full", "mfu", "mfu_full"),
+    *("peak_mem_gb", "loss_scale", "skipped"),
 ]
 EVALUATION_KEYS = ["step", "val_loss", "val_bits_per_byte", "gzip_bits_per_byte"]
 TINY = (

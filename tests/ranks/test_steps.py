@@ -91,7 +91,7 @@ def test_first_rank_runs_its_warmup_before_the_last_has_given_its_norm(run_ranks
     assert actions[first + 1 : first + 9] == [*warmup, "validate"]
 
 
-TIMED = ("step_ms", "tokens_per_s", "tflops_per_rank", "peak_mem_gb")
+TIMED = ("step_ms", "tokens_per_s", "tflops_per_rank", "tflops_per_rank_full", "peak_mem_gb")
 
 
 def test_pretrain_writes_the_same_lines_and_checkpoints(run_ranks, tmp_path):
