@@ -36,6 +36,8 @@ BUDGET = 540.0
 NEEDED = ("torch", "numpy", "pytest", "hypothesis", "safetensors", "regex", "tyro", "tqdm")
 NEEDED += ("tensorboard", "matplotlib")
 WORKLOADS = ("gpt2-124m", "gpt3-1.3b", "llama-7b-wide")
+FORMS = (("torch", (), 10), ("fused", (), 50), ("fused", ("--deterministic",), 10))
+"""How training steps are timed: the ops' backend, flags, and steps."""
 
 
 @dataclass
@@ -82,13 +84,12 @@ def steps_of(python: str, work: Path, dry: bool) -> list[Step]:
     small = ["--dry-run", "--rounds", "2"] if dry else []
     steps.append(Step("kernels", "bench", tool("bench_kernels", *small, *json_out), path))
     for workload in ("tiny",) if dry else WORKLOADS:
-        for backend in ("torch",) if dry else ("fused", "torch"):
-            path, json_out = out(f"train-{workload}-{backend}")
-            count = "50" if backend == "fused" else "10"
-            args = ["--workload", workload, "--layouts", "one", "--rounds", "1", *json_out]
-            args += ["--steps", "2", "--warmup", "1"] if dry else ["--steps", count]
+        for backend, more, count in FORMS[:1] if dry else FORMS:
+            path, json_out = out(f"train-{workload}-{'-'.join([backend, *more])}")
+            args = ["--workload", workload, "--layouts", "one", "--rounds", "1", *json_out, *more]
+            args += ["--steps", "2", "--warmup", "1"] if dry else ["--steps", str(count)]
             args += ["--device", "cpu" if dry else "cuda", "--ops-backend", backend]
-            name = f"{workload} {backend}"
+            name = " ".join([workload, backend, *more])
             steps.append(Step("train", name, tool("bench_train", *args), path))
     for precision in ("fp32", "bf16"):
         path, json_out = out(f"verify-{precision}")
@@ -273,20 +274,29 @@ def _kernel_table(rows: list[dict]) -> list[str]:
     return lines
 
 
+TRAINING = """## Training steps
+
+Medians; optimizer included; data in the order of a run. MFU is of the GPU's dense bf16 peak, by
+6N + 6Lsh flops a token (causal) and by 6N + 12Lsh (full): megalite/train/flops.py.
+
+| model | parameters | tokens a step | ops | ms | tokens/s | MFU | full | peak GB |
+|---|---|---|---|---|---|---|---|---|"""
+
+
 def _training_table(rows: list[dict]) -> list[str]:
-    lines = ["## Training steps", "", "Medians; optimizer included; data in the order of a run."]
-    lines += [
-        "",
-        "| model | parameters | tokens a step | ops | ms | tokens/s | TFLOP/s | peak GB |",
-    ]
-    lines += ["|---|---|---|---|---|---|---|---|"]
+    lines = TRAINING.splitlines()
     for row in rows:
         lines.append(
             f"| {row['workload']} | {row['params'] / 1e6:.0f}M | {row['tokens_per_step']} "
-            f"| {row['ops_backend']} | {row['step_ms']:.1f} | {row['tokens_per_s']:.0f} "
-            f"| {row['tflops_per_rank']:.1f} | {row['peak_mb'] / 1024:.1f} |"
+            f"| {row['ops_backend']}{', deterministic' * row['deterministic']} "
+            f"| {row['step_ms']:.1f} | {row['tokens_per_s']:.0f} | {_share(row['mfu'])} "
+            f"| {_share(row['mfu_full'])} | {row['peak_mb'] / 1024:.1f} |"
         )
     return lines
+
+
+def _share(mfu: float | None) -> str:
+    return "" if mfu is None else f"{100 * mfu:.1f}%"
 
 
 def main(argv: list[str] | None = None) -> int:
