@@ -119,7 +119,9 @@ def load_weights(reader: Reader, params: Mapping[str, nn.Parameter]) -> None:
 
 @torch.no_grad()
 def load_optimizer(reader: Reader, optimizer: Optimizer) -> None:
-    """Fill masters and optimizer state of this rank's ranges, tied copies and replicas included."""
+    """Fill masters and optimizer state of this rank's ranges, tied copies and replicas included,
+    and take the loss scale.
+    """
     zero = optimizer.zero
     axes = zero.mesh.axes
     for idx, bucket in enumerate(zero.buckets):
@@ -129,4 +131,6 @@ def load_optimizer(reader: Reader, optimizer: Optimizer) -> None:
                 name = f"{kind}/{part.slot.name}"
                 reader.fill(part.of(flat, base), name, part.whole, part.slot.shard.shape)
     optimizer.step_count = reader.manifest.optimizer_steps
+    if optimizer.scaler is not None:
+        optimizer.scaler.load(reader.manifest.loss_scaler)
     optimizer.write_params()

@@ -64,6 +64,8 @@ class Manifest:
     """Versions, threads and layout: what bitwise equality depends on."""
     tensors: dict[str, SavedTensor] = field(default_factory=dict)
     files: dict[str, SavedFile] = field(default_factory=dict)
+    loss_scaler: dict[str, float] = field(default_factory=dict)
+    """State of the dynamic loss scale; empty where there is none."""
 
 
 def to_json(manifest: Manifest) -> str:

@@ -32,13 +32,15 @@ PARTIAL = ".partial-"
 def save(root: Path, optimizer: Optimizer, mesh: Mesh, facts: mf.Manifest) -> Path:
     """Write `root/step-NNNNNNNN` from every rank's part.
 
-    All ranks call it together, on one file system.
-    `facts` has everything but tensors and files. Raises RunError on every rank if one of them
-    cannot write; what was there before is then untouched.
+    All ranks call it together, on one file system. `facts` has everything but tensors, files and
+    loss scale. Raises RunError on every rank if one of them cannot write; what was there before is
+    then untouched.
     """
     target = root / f"step-{facts.step:08d}"
     partial = root / f"{PARTIAL}{facts.step:08d}"
     first = mesh.rank == 0
+    if optimizer.scaler is not None:
+        facts = replace(facts, loss_scaler=optimizer.scaler.state())
     try:
         _together(mesh, "prepare", lambda: _make_empty(partial), here=first)
         _together(mesh, "write", lambda: _write_part(partial, optimizer, mesh))

@@ -55,13 +55,14 @@ RULES: dict[str, Callable[[float], bool]] = {
 }
 # Rule -> the fields that obey it. A number of Config that is named nowhere here fails a test.
 FIELDS: dict[str, str] = {
-    "> 0": "norm_eps rope_theta logit_soft_cap attention_soft_cap init_std bucket_mb lr eps",
+    "> 0": "norm_eps rope_theta logit_soft_cap attention_soft_cap init_std bucket_mb lr eps "
+    "initial_loss_scale min_loss_scale",
     ">= 0": "z_loss temperature top_k zero warmup_steps weight_decay clip_grad seed eval_interval "
-    "save_interval",
+    "save_interval loss_scale",
     ">= 1": "num_layers hidden_size num_heads num_kv_heads ffn_hidden_size vocab_size seq_len "
     "sliding_window mup_base_width tp pp cp dp vpp recompute_layers micro_batch_size "
     "global_batch_size train_steps log_interval eval_samples world max_tokens num_samples random "
-    "max_ranks steps",
+    "max_ranks steps loss_scale_window hysteresis",
     "in [0, 1)": "dropout attention_dropout label_smoothing beta1 beta2 momentum",
     "in (0, 1]": "wsd_decay_share top_p",
     "in [0, 1]": "min_lr_ratio",
@@ -396,7 +397,7 @@ def check_train(config: Config) -> None:
             f"--world {train.world}: only --dry-run uses it (torchrun says how many ranks run)"
         )
     _check_traced(train.trace_steps, train.train_steps)
-    check_precision(train.precision, train.device)
+    _check_loss_scale(config)
 
 
 def _check_traced(text: str, train_steps: int) -> None:
@@ -430,15 +431,22 @@ def _ramp_in_words(config: Config) -> str:
     return "--rampup-batch-size " + ",".join(map(str, config.train.rampup_batch_size or ()))
 
 
-def check_precision(precision: str, device: str) -> None:
-    """Raise UserError if the device cannot train in this format.
-
-    train/build.py asks again once it knows what `auto` means here.
-    """
-    if precision == "fp16" and device == "cpu":
-        raise UserError("--precision fp16: not on --device cpu (use bf16 or fp32)")
-    if precision == "fp16" and device == "cuda":
-        raise UserError("--precision fp16: its loss scaling is not there yet (use bf16)")
+def _check_loss_scale(config: Config) -> None:
+    optim, precision = config.optim, config.train.precision
+    if precision == "fp16" and config.layout.post_validation:
+        raise UserError(
+            "--post-validation: not with --precision fp16, whose loss scale waits for the norm of "
+            "the step before (leave it out, or use bf16)"
+        )
+    if precision != "fp16" and optim.loss_scale:
+        raise UserError(
+            f"--loss-scale {optim.loss_scale:g}: needs --precision fp16 (got {precision})"
+        )
+    if optim.min_loss_scale > optim.initial_loss_scale:
+        raise UserError(
+            f"--min-loss-scale {optim.min_loss_scale:g}: more than --initial-loss-scale "
+            f"{optim.initial_loss_scale:g}"
+        )
 
 
 def check_paths(config: Config) -> None:

@@ -191,6 +191,16 @@ class OptimConfig:
     """Decoupled weight decay on matrices; norms and biases have none."""
     clip_grad: float = 1.0
     """Clip the global gradient norm to this (0: never)."""
+    loss_scale: float = 0.0
+    """What fp16 multiplies the loss with, so that small gradients do not vanish (0: dynamic)."""
+    initial_loss_scale: float = 65536.0
+    """The dynamic scale of the first step."""
+    min_loss_scale: float = 1.0
+    """The dynamic scale falls no further."""
+    loss_scale_window: int = 1000
+    """Steps in a row without overflow after which the dynamic scale doubles."""
+    hysteresis: int = 2
+    """Overflows until the dynamic scale halves; once it has, each of them halves it again."""
 
 
 @dataclass(frozen=True, kw_only=True)

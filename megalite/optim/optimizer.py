@@ -16,6 +16,7 @@ from torch import Tensor
 from megalite.core.config import OptimConfig
 from megalite.optim.matrices import EachMatrix, WholeMatrices
 from megalite.optim.rules import Rules
+from megalite.optim.scaler import LossScaler
 from megalite.parallel.buckets import Bucket
 from megalite.parallel.zero import Zero
 
@@ -24,13 +25,20 @@ AT_ONCE = 1 << 20
 
 
 class Optimizer:
-    """State of the ranges this rank updates; `step_count` and the state tensors are all to save.
+    """State of the ranges this rank updates: `step_count`, the state tensors and the state of
+    `scaler` (None: losses are not scaled) are all to save.
 
     `zero` has sorted the parameters by `rules.of`.
     """
 
-    def __init__(self, zero: Zero, cfg: OptimConfig, rules: Rules | None = None):
-        self.zero, self.cfg = zero, cfg
+    def __init__(
+        self,
+        zero: Zero,
+        cfg: OptimConfig,
+        rules: Rules | None = None,
+        scaler: LossScaler | None = None,
+    ):
+        self.zero, self.cfg, self.scaler = zero, cfg, scaler
         self.rules = (rules or Rules(cfg)).named
         self.step_count = 0
         self.masters: list[Tensor | None] = []

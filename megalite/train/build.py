@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from megalite.core import mesh as mesh_module
-from megalite.core.check import check_precision
 from megalite.core.config import Config
 from megalite.core.errors import UserError
 from megalite.core.mesh import Mesh
@@ -31,6 +30,7 @@ from megalite.ops import backend
 from megalite.ops.library import NoKernels
 from megalite.optim.optimizer import Optimizer
 from megalite.optim.rules import Rules
+from megalite.optim.scaler import LossScaler
 from megalite.parallel.pipeline import Pipeline
 from megalite.parallel.zero import Zero
 from megalite.schedule.action import Schedule
@@ -40,7 +40,12 @@ from megalite.train.agree import check_agreement
 from megalite.train.heap import keep_freed_memory
 from megalite.train.own_files import attention_of
 
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 BUCKET_MB = {"cpu": 4.0, "cuda": 64.0}
 TIMEOUT = timedelta(minutes=10)
 
@@ -106,9 +111,8 @@ def pick_device(config: Config, world: World) -> torch.device:
 
 
 def pick_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """The dtype of weights and matmuls. Raises UserError for one the device cannot train in."""
+    """The dtype of weights and matmuls."""
     asked = config.train.precision
-    check_precision(asked, device.type)
     if asked == "auto":
         asked = "fp32" if device.type == "cpu" else "bf16"
     return DTYPES[asked]
@@ -192,7 +196,8 @@ def build_engine(
     for stage in stages.values():
         initialize(stage, config.train.seed)
     zero.keep_params()
-    optimizer = Optimizer(zero, config.optim, rules)
+    scaler = LossScaler(config.optim) if dtype is torch.float16 else None
+    optimizer = Optimizer(zero, config.optim, rules, scaler)
     pipeline = Pipeline(
         make, stages, mesh, dtype=dtype, device=device, enter=zero.enter, reduce=zero.reduce
     )

@@ -141,6 +141,13 @@ class Progress:
         )
 
 
+def scaling(scale: float | None, skipped: int) -> str:
+    """The loss scale of a step, and steps skipped since the last line; nothing without a scale."""
+    if scale is None:
+        return ""
+    return f"  scale {scale:.10g}" + (f"  skipped {skipped}" if skipped else "")
+
+
 def held_out(loss: float, bits: float | None, gzip_bits: float | None) -> str:
     """A held-out loss in words anyone can compare."""
     text = f"held-out loss {loss:.3f}"

@@ -3,7 +3,8 @@
 The loss is summed over unmasked tokens and divided by their number in the whole global batch.
 Backward starts from a constant, 1 / (samples x tokens of a step); the true count travels with the
 gradient norm, and the correction joins the clip factor. So nothing depends on micro-batch size, dp,
-or where padding falls.
+or where padding falls. In float16 it starts from that constant times the loss scale, which the same
+factor takes out again.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ class Reduced:
     """Of squares, losses, unmasked tokens, and ranks that were asked to stop."""
     counted: comm.Pending | None = None
     """Of unmasked tokens, where that sum does not wait for the others."""
+    loss_scale: float = 1.0
+    """What the loss was multiplied with before backward."""
 
     @property
     def tokens(self) -> Tensor:
@@ -53,7 +56,12 @@ class Reduced:
     @property
     def correction(self) -> Tensor:
         """What the gradients in the buckets are to be multiplied with to be those of the mean."""
-        return self.expected / self.tokens.clamp(min=1)
+        return self.expected / (self.tokens.clamp(min=1) * self.loss_scale)
+
+    @property
+    def overflow(self) -> bool:
+        """Whether some number of the gradient, on any rank, is infinite or no number."""
+        return not self.norm.isfinite().item()
 
     @property
     def stop(self) -> Tensor:
@@ -78,10 +86,12 @@ def forward_backward(
 
     `stands`, if given, is for `Pipeline.run`, and clears the gradients.
     """
-    train, dp = engine.config.train, engine.mesh.axis("dp")
+    train, dp, scaler = engine.config.train, engine.mesh.axis("dp"), engine.optimizer.scaler
     expected = len(calls) * train.micro_batch_size * dp.size * engine.config.model.seq_len
+    loss_scale = 1.0 if scaler is None else scaler.scale
     # Filled in, not copied there: a copy from the host would wait for the GPU.
-    seed = torch.full((), 1.0 / expected, dtype=_wide(engine.dtype), device=engine.device)
+    first = loss_scale / expected
+    seed = torch.full((), first, dtype=_wide(engine.dtype), device=engine.device)
     log = engine.mesh.log
     count = torch.zeros((), dtype=torch.float64, device=engine.device)
     if engine.counts_loss:
@@ -104,13 +114,21 @@ def forward_backward(
             torch.full_like(count, float(stop)),
         )
     )
-    return Reduced(expected, comm.all_reduce_start(mine, engine.mesh.world), early)
+    return Reduced(expected, comm.all_reduce_start(mine, engine.mesh.world), early, loss_scale)
 
 
 def update(engine: Engine, found: Reduced, *, lr: float) -> None:
-    """Clip, and let the optimizer take its step."""
+    """Clip, and let the optimizer take its step; in float16 not where gradients overflowed."""
     scale = found.scale(engine.config.optim.clip_grad)
     engine.mesh.log.doing("optimizer")
+    scaler = engine.optimizer.scaler
+    if scaler is not None:
+        # The host waits for the norm here, in float16 alone, so a GPU is idle until it has the
+        # optimizer's launches. All ranks have the same sum, and so decide alike.
+        overflow = found.overflow
+        scaler.follow(overflow=overflow)
+        if overflow:
+            return
     engine.optimizer.step(lr=lr, scale=scale)
 
 

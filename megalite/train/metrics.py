@@ -15,6 +15,7 @@ TAGS = {
     "loss": "train/loss",
     "lr": "train/lr",
     "grad_norm": "train/grad_norm",
+    "loss_scale": "train/loss_scale",
     "val_loss": "val/loss",
     "val_bits_per_byte": "val/bpb",
     "tokens_per_s": "perf/tokens_per_s",

@@ -90,6 +90,8 @@ class Run:
         self.steps = Steps(self.engine)
         self.untold: list[tuple[int, Reduced, dict[str, Any]]] = []
         """Steps that are neither written down nor said, with the rest of what is written."""
+        self.skipped = 0
+        """Steps that changed nothing, since the last line on the screen."""
         self.trace = Trace(self.out, self.mesh, config.train.traced)
 
     def train(self) -> None:
@@ -171,7 +173,7 @@ class Run:
             "tokens_per_s": per_step / seconds,
             **flops.rates(config.model, per_step / seconds / self.world.size, self.peak),
             "peak_mem_gb": peak_memory_gb(self.device),
-            "loss_scale": None,
+            "loss_scale": None if self.engine.optimizer.scaler is None else found.loss_scale,
             "skipped": 0,
         }
         self.untold.append((self.step, found, values))
@@ -182,19 +184,24 @@ class Run:
         asked, train = False, self.config.train
         while len(self.untold) > but:
             step, found, values = self.untold.pop(0)
-            loss, norm = found.loss.item(), found.norm.item()
-            if not (console.is_number(loss) and console.is_number(norm)):
+            loss, norm, scale = found.loss.item(), found.norm.item(), values["loss_scale"]
+            # Of a loss that is scaled, update has skipped what overflowed.
+            skipped = scale is not None and not console.is_number(norm)
+            if not console.is_number(loss) or not (console.is_number(norm) or skipped):
                 raise RunError(
                     f"step {step}: loss {loss}, gradient norm {norm} (lower --lr, or raise "
                     "--warmup-steps; earlier checkpoints are intact)"
                 )
+            self.skipped += skipped
             self.mesh.log.doing("write metrics")
             if self.metrics is not None:
-                self.metrics.write(step, **{**values, "loss": loss, "grad_norm": norm})
+                seen = {"loss": loss, "grad_norm": None if skipped else norm}
+                self.metrics.write(step, **{**values, **seen, "skipped": int(skipped)})
             if _due(step, train.log_interval) or step in (1, train.train_steps):
                 samples, lr = values["samples"], values["lr"]
                 line = self.progress.line(step, samples=samples, loss=loss, norm=norm, lr=lr)
-                self._say(line)
+                self._say(line + console.scaling(scale, self.skipped))
+                self.skipped = 0
             asked |= found.stop.item() > 0
         return asked
 

@@ -48,6 +48,8 @@ TOL: dict[str, dict[str, float]] = {
     "fp32": {"init": 1e-6, "loss": 1e-5, "norm": 1e-5, "grad": 1e-5, "update": 1e-3},
     # 8 bits of mantissa: enough to see a sum that is missing or made twice, and not much more.
     "bf16": {"init": 8e-3, "loss": 2e-2, "norm": 5e-2, "grad": 2e-1},
+    # 11 bits.
+    "fp16": {"init": 1e-3, "loss": 5e-3, "norm": 2e-2, "grad": 6e-2},
 }
 """Bounds of max|a - b| / max(max|reference|, a floor of its kind), by precision."""
 NO_BIT = dict.fromkeys(KINDS, 0.0)

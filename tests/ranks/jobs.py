@@ -12,7 +12,7 @@ from megalite.train.build import Engine
 from megalite.train.verify import calls_of as calls_of
 
 CPU = torch.device("cpu")
-PRECISION = {"float64": "fp64", "float32": "fp32"}
+PRECISION = {"float64": "fp64", "float32": "fp32", "float16": "fp16"}
 
 
 def engine_of(config: Config, rank: int, world: int, dtype: str, **kwargs: Any) -> Engine:

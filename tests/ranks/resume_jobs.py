@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -72,6 +73,14 @@ def state_of(engine: Engine) -> str:
     return digest.hexdigest()
 
 
+def scaling_of(engine: Engine) -> list[dict]:
+    """Steps of the optimizer and the state of its loss scale, if it has one."""
+    optimizer = engine.optimizer
+    if optimizer.scaler is None:
+        return []
+    return [{"steps": optimizer.step_count, **optimizer.scaler.state()}]
+
+
 def load_newest(engine: Engine, run: str) -> mf.Manifest:
     """Take all numbers from the newest checkpoint of a run; gives its manifest."""
     directory, manifest, _ = newest_for_all(Path(run), engine.mesh, engine.device)
@@ -79,24 +88,38 @@ def load_newest(engine: Engine, run: str) -> mf.Manifest:
     return manifest
 
 
-def train_through(rank: int, world: int, config: dict, out: str) -> dict:
+def train_through(rank: int, world: int, config: dict, out: str, dtype: str = "float32") -> dict:
     """Train 10 steps, save, and train 10 more without a stop."""
-    engine = engine_of(Config.from_dict(config), rank, world, "float32")
+    engine = engine_of(Config.from_dict(config), rank, world, dtype)
     samples, first = advance(engine, 0, 10)
-    save(Path(out), engine.optimizer, engine.mesh, facts(engine.config, 10, samples))
-    at_10 = state_of(engine)
+    made = replace(facts(engine.config, 10, samples), optimizer_steps=engine.optimizer.step_count)
+    save(Path(out), engine.optimizer, engine.mesh, made)
+    at_10, scaling = state_of(engine), scaling_of(engine)
     samples, second = advance(engine, samples, 10)
-    return {"losses": first + second, "at_10": at_10, "at_20": state_of(engine)}
+    scaling += scaling_of(engine)
+    return {
+        "losses": first + second,
+        "at_10": at_10,
+        "at_20": state_of(engine),
+        "scaling": scaling,
+    }
 
 
-def resume(rank: int, world: int, config: dict, run: str) -> dict:
+def resume(rank: int, world: int, config: dict, run: str, dtype: str = "float32") -> dict:
     """Go on from the newest checkpoint, in processes that know nothing of the run before."""
-    engine = engine_of(Config.from_dict(config), rank, world, "float32")
+    engine = engine_of(Config.from_dict(config), rank, world, dtype)
     fresh = state_of(engine)
     manifest = load_newest(engine, run)
-    at_10 = state_of(engine)
+    at_10, scaling = state_of(engine), scaling_of(engine)
     _, losses = advance(engine, manifest.samples, 10)
-    return {"losses": losses, "fresh": fresh, "at_10": at_10, "at_20": state_of(engine)}
+    scaling += scaling_of(engine)
+    return {
+        "losses": losses,
+        "fresh": fresh,
+        "at_10": at_10,
+        "at_20": state_of(engine),
+        "scaling": scaling,
+    }
 
 
 def train_and_save(rank: int, world: int, config: dict, out: str) -> None:

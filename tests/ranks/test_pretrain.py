@@ -125,6 +125,36 @@ def test_launched_run_ends_well_and_its_next_command_works(prepared, capfd):
     assert Path(shlex.split(found[2])[-1]).is_dir()
 
 
+def test_fp16_run_says_its_scale_and_what_it_skipped_and_resumes(train, tmp_path):
+    optim = OptimConfig(
+        lr_decay="constant", initial_loss_scale=2.0**24, loss_scale_window=3, hysteresis=1
+    )
+
+    def lines(name: str, steps: int, resume: bool = False) -> tuple[str, list[tuple]]:
+        config = config_of(
+            tmp_path / name, {}, precision="fp16", train_steps=steps, log_interval=4, resume=resume
+        )
+        ranks = train(replace(config, optim=optim), world=2)
+        assert [(rank["code"], rank["err"]) for rank in ranks] == [(0, "")] * 2
+        keys = ("step", "loss", "grad_norm", "loss_scale", "skipped")
+        found = [tuple(line[key] for key in keys) for line in lines_of(tmp_path / name)]
+        return ranks[0]["out"], found
+
+    said, through = lines("through", 16)
+    lines("stopped", 8)
+    assert lines("stopped", 16, resume=True)[1] == through
+    skipped = [line[-1] for line in through]
+    assert skipped[0] == 1 and 0 < sum(skipped[8:]) < 8
+    assert [line[2] is None for line in through] == [number == 1 for number in skipped]
+    assert through[1][3] == through[0][3] / 2 == 2.0**23
+    shown = re.findall(r"^step +(\d+)/.*  scale (\d+)(?:  skipped (\d+))?$", said, re.MULTILINE)
+    ends = [1, 4, 8, 12, 16]
+    assert [(int(step), float(scale), int(count or 0)) for step, scale, count in shown] == [
+        (end, through[end - 1][3], sum(skipped[start:end]))
+        for start, end in zip([0, *ends], ends, strict=False)
+    ]
+
+
 def test_last_step_is_sampled_once_where_there_is_no_held_out_text(prepared, train):
     base = config_of(prepared / "run", {}, eval_interval=2)
     data = DataConfig(data=str(prepared / "train"))

@@ -30,7 +30,7 @@ DROPOUT = replace(MODEL, dropout=0.1)
 def config_of(layout: dict, model: ModelConfig = MODEL, **other) -> Config:
     ramp = other.get("rampup_batch_size")
     train = TrainConfig(micro_batch_size=1, global_batch_size=4, rampup_batch_size=ramp)
-    optim = OptimConfig(lr=1e-2, optimizer=other.get("optimizer", "adamw"))
+    optim = OptimConfig(lr=1e-2, **other.get("optim", {}))
     return Config(model=model, layout=LayoutConfig(**layout), optim=optim, train=train)
 
 
@@ -45,7 +45,7 @@ RESUMED = [
     ({"pp": 2, "dp": 2, "zero": 3}, MODEL, {}),
     ({"cp": 2, "dp": 2}, MODEL, {}),
     ({"tp": 2, "pp": 2, "dp": 2}, MODEL, {}),
-    ({"tp": 2, "dp": 2}, MODEL, {"optimizer": "muon"}),
+    ({"tp": 2, "dp": 2}, MODEL, {"optim": {"optimizer": "muon"}}),
     ({"pp": 2, "dp": 2, "zero": 2, "schedule": "zb-h2", "post_validation": True}, DROPOUT, {}),
     # Batches of 2 for six steps, of 3 for four and on into the part after the stop, then of 4.
     ({}, MODEL, {"rampup_batch_size": (2, 1, 24)}),
@@ -69,6 +69,24 @@ def test_resumed_run_equals_the_uninterrupted_one_bitwise(
         assert rest["losses"] == whole["losses"][10:]
         assert rest["at_20"] == whole["at_20"]
     assert len(set(through[0]["losses"])) == 20
+
+
+def test_resumed_fp16_run_goes_on_with_its_loss_scale_bitwise(run_ranks, tmp_path):
+    # Too large at first, and twice as large after each three good steps: both halves of the run
+    # skip steps.
+    scaling = {"initial_loss_scale": 2.0**24, "loss_scale_window": 3}
+    config = config_of({"tp": 2, "dp": 2}, optim=scaling).to_dict()
+    job = {"config": config, "dtype": "float16"}
+    through = run_ranks(f"{JOBS}:train_through", 4, out=str(tmp_path / "checkpoints"), **job)
+    resumed = run_ranks(f"{JOBS}:resume", 4, run=str(tmp_path), **job)
+    for whole, rest in zip(through, resumed, strict=True):
+        assert rest["at_10"] == whole["at_10"] != whole["at_20"] == rest["at_20"]
+        assert rest["losses"] == whole["losses"][10:]
+        assert rest["scaling"] == whole["scaling"] == through[0]["scaling"]
+    at_10, at_20 = through[0]["scaling"]
+    assert 0 < at_10["steps"] < 10 and at_10["steps"] < at_20["steps"] < at_10["steps"] + 10
+    # Of a fresh scale the next steps would be others.
+    assert at_10["scale"] < 2.0**24 and (at_10["good_steps"], at_10["tolerance"]) != (0, 2)
 
 
 def whole_tensors(directory: Path) -> dict[str, torch.Tensor]:
@@ -195,7 +213,7 @@ def test_muon_run_that_changes_its_layout_on_the_way_is_the_one_that_did_not(run
     def losses(layouts: list[dict], steps: int, run: Path) -> list[float]:
         found = []
         for layout in layouts:
-            config = config_of(layout, UNTIED_KV, optimizer="muon")
+            config = config_of(layout, UNTIED_KV, optim={"optimizer": "muon"})
             config = replace(config, train=replace(config.train, global_batch_size=12))
             job = {"config": config.to_dict(), "run": str(run), "steps": steps}
             found += run_ranks(f"{JOBS}:go_on", world_of(layout), **job)[0]

@@ -63,7 +63,7 @@ def test_drawn_layouts_equal_one_process(outside_torchrun, tmp_path, capsys):
         assert row["worst"]["grad"]["shard"].startswith("[")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_narrow_numbers_stay_within_rounding(outside_torchrun, precision, capsys):
     assert verify(f"--tp 2 --pp 2 --precision {precision}") == 0
     assert f"{precision} against one process in fp64" in capsys.readouterr().out
@@ -79,7 +79,7 @@ MISTAKES = [
     ("--device cuda --fixed-order",
      "--device cuda: sums of --fixed-order are exact on CPU only (leave it out)"),
     ("--dry-run", "--dry-run: verify is about numbers, so it must run (leave it out)"),
-    ("--precision fp16", "--precision fp16: not on --device cpu (use bf16 or fp32)"),
+    ("--loss-scale 128", "--loss-scale 128: needs --precision fp16 (got auto)"),
     ("--precision fp8", "--precision fp8: expected one of auto, fp64, fp32, bf16, fp16"),
     ("--fixed-order --precision bf16", "--fixed-order: makes sums of fp64 exact, not of "
      "--precision bf16 (leave one of them out)"),

@@ -135,10 +135,14 @@ LAYOUT = [
     ("--cp-form rings", 1, "--cp-form rings: expected one of ring, gather, ulysses"),
     ("--cp 2", 3, "layout: world size 3 is not divisible by tp*pp*cp = 1*1*2 = 2 "
      "(use --nproc-per-node 2 or 4, or change --tp or --pp)"),
-    ("--device cpu --precision fp16", 1,
-     "--precision fp16: not on --device cpu (use bf16 or fp32)"),
-    ("--device cuda --precision fp16", 1,
-     "--precision fp16: its loss scaling is not there yet (use bf16)"),
+    ("--precision fp16 --pp 2 --schedule zb-h2 --post-validation", 2,
+     "--post-validation: not with --precision fp16, whose loss scale waits for the norm of the "
+     "step before (leave it out, or use bf16)"),
+    ("--loss-scale 1024 --precision bf16", 1,
+     "--loss-scale 1024: needs --precision fp16 (got bf16)"),
+    ("--precision fp16 --min-loss-scale 4 --initial-loss-scale 2", 1,
+     "--min-loss-scale 4: more than --initial-loss-scale 2"),
+    ("--hysteresis 0", 1, "--hysteresis 0: must be an integer >= 1"),
     ("--warmup-steps 101", 1, "--warmup-steps 101: more than --train-steps 100"),
     ("--sliding-window 0", 1, "--sliding-window 0: must be an integer >= 1"),
 ]  # fmt: skip

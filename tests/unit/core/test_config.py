@@ -90,6 +90,8 @@ LEGAL = [  # what larger systems refuse, and what sits on the edge of a rule
     ({"layout": LayoutConfig(pp=2, pp_layers=(1, 3))}, 2),
     ({"train": TrainConfig(precision="bf16", device="cpu")}, 1),
     ({"train": TrainConfig(precision="bf16", device="cuda")}, 1),
+    ({"train": TrainConfig(precision="fp16", device="cpu")}, 1),
+    ({"train": TrainConfig(precision="fp16"), "optim": OptimConfig(loss_scale=128.0)}, 1),
     ({"optim": OptimConfig(warmup_steps=100, clip_grad=0.0, weight_decay=0.0)}, 1),
     ({"model": ModelConfig(sliding_window=1, position="rope", dropout=0.99)}, 1),
 ]
