@@ -1,4 +1,4 @@
-// What all kernels share: element types, 16-byte accesses, sums over a row's threads, launches.
+// What all kernels share: element types, 16-byte accesses, sums over rows and columns, launches.
 //
 // A file of bodies names nothing of torch. nvcc compiles it for GPUs; g++ compiles the same file
 // with ../emulator/cuda_on_host.h, where one fiber stands for each CUDA thread.
@@ -158,6 +158,31 @@ private:
 };
 #define OVER_ROW_FLOATS(n) (2 * (n) * megalite::MAX_WARPS)
 
+// -- one number of each column -----------------------------------------------------------------
+
+constexpr int TILE = 32;
+
+// The sum over threadIdx.y of a block of TILE x `rows` threads, given to those with threadIdx.y 0.
+__device__ __forceinline__ float tile_sum(float x, float* tile, int rows) {
+    __syncthreads();  // what was there before has been read
+    tile[threadIdx.y * TILE + threadIdx.x] = x;
+    __syncthreads();
+    if (threadIdx.y == 0)
+        for (int y = 1; y < rows; y++) x += tile[y * TILE + threadIdx.x];
+    return x;
+}
+
+// out[n] = the sum of shares[count, n], in one order.
+template <class T> __global__ void column_sum(T* out, const float* shares, int count, int n) {
+    SHARED(float, tile, TILE * TILE);
+    const int column = blockIdx.x * TILE + threadIdx.x;
+    float total = 0.0f;
+    if (column < n)
+        for (int i = threadIdx.y; i < count; i += TILE) total += shares[int64_t(i) * n + column];
+    total = tile_sum(total, tile, TILE);
+    if (threadIdx.y == 0 && column < n) out[column] = narrow<T>(total);
+}
+
 // -- launches ----------------------------------------------------------------------------------
 
 // 0, or CUDA's error code (the emulator's: 1, and last_error() says what).
@@ -197,6 +222,13 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // n elements in packs of v, k packs for each thread: threads of a row, a multiple of a warp.
 constexpr int row_threads(int64_t n, int v, int k) {
     return int(ceil_div(ceil_div(n, int64_t(v) * k), WARP) * WARP);
+}
+
+// Launches column_sum, into a type of its own.
+template <class T>
+int sum_shares(void* out, const float* shares, int count, int64_t n, void* stream) {
+    return launch(column_sum<T>, dim3(ceil_div(n, TILE)), dim3(TILE, TILE), stream,
+                  static_cast<T*>(out), shares, count, int(n));
 }
 
 }  // namespace megalite

@@ -53,12 +53,6 @@ int backward(const NormBackward<T>& a, const Shares& shares, void* stream) {
                   dim3(TILE, TILE_ROWS), stream, a);
 }
 
-template <class T>
-int sum_shares(void* out, const float* shares, int count, int64_t n, void* stream) {
-    return launch(column_sum<T>, dim3(ceil_div(n, TILE)), dim3(TILE, TILE), stream,
-                  static_cast<T*>(out), shares, count, int(n));
-}
-
 }  // namespace
 }  // namespace megalite
 

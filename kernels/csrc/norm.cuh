@@ -305,18 +305,7 @@ template <class T, int V, bool ADD> __global__ void norm_backward_rows(const Nor
     });
 }
 
-constexpr int TILE = 32;
 constexpr int TILE_ROWS = 8;
-
-// The sum over threadIdx.y of a block of TILE x `rows` threads, given to those with threadIdx.y 0.
-__device__ __forceinline__ float tile_sum(float x, float* tile, int rows) {
-    __syncthreads();  // what was there before has been read
-    tile[threadIdx.y * TILE + threadIdx.x] = x;
-    __syncthreads();
-    if (threadIdx.y == 0)
-        for (int y = 1; y < rows; y++) x += tile[y * TILE + threadIdx.x];
-    return x;
-}
 
 // Rows of any length: shares of the weight's and the bias' gradients. gridDim.y shares.
 template <class T> __global__ void norm_backward_columns(const NormBackward<T> a) {
@@ -337,17 +326,6 @@ template <class T> __global__ void norm_backward_columns(const NormBackward<T> a
         a.dweight[int64_t(blockIdx.y) * a.n + column] = dweight;
         if (a.dbias != nullptr) a.dbias[int64_t(blockIdx.y) * a.n + column] = dbias;
     }
-}
-
-// out[n] = the sum of shares[count, n], in one order.
-template <class T> __global__ void column_sum(T* out, const float* shares, int count, int n) {
-    SHARED(float, tile, TILE * TILE);
-    const int column = blockIdx.x * TILE + threadIdx.x;
-    float total = 0.0f;
-    if (column < n)
-        for (int i = threadIdx.y; i < count; i += TILE) total += shares[int64_t(i) * n + column];
-    total = tile_sum(total, tile, TILE);
-    if (threadIdx.y == 0 && column < n) out[column] = narrow<T>(total);
 }
 
 }  // namespace megalite

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megalite.core import rng
 from megalite.core.params import acc_dtype
-from megalite.layers.dropout import keep_mask
+from megalite.ops.dropout import keep_mask
 from megalite.ops.softmax import attention_mask, scaled_softmax
 
 # b micro batch, n query heads, m kv heads, q and k positions, d head_dim

@@ -72,12 +72,17 @@ def apex_for(*tensors: Tensor | None) -> Apex | None:
 
 
 def takes(*tensors: Tensor | None) -> bool:
-    """Whether the kernels compute with these tensors; booleans are masks."""
+    """Whether the kernels compute with these tensors; booleans are masks, integers are names."""
     if _Taken.library is None:
         return False
     device = "cpu" if _Taken.library.emulated else "cuda"
-    known = (*TYPES, torch.bool)
+    known = (*TYPES, torch.bool, torch.int64)
     return all(t is None or t.device.type == device and t.dtype in known for t in tensors)
+
+
+def takes_alike(*tensors: Tensor | None) -> bool:
+    """Whether they do, of a kernel that has one type for all of these."""
+    return takes(*tensors) and len({t.dtype for t in tensors if t is not None}) == 1
 
 
 def ask(name: str, *args: int) -> int:

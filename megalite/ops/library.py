@@ -31,6 +31,17 @@ SIGNATURES = {
     # stream
     "softmax_forward": "i pp plll plll llll i l f p",
     "softmax_backward": "i ppp llll i l f p",
+    # dtype, y x bias, tanh, rows n, stream
+    "gelu": "i ppp i ll p",
+    # dtype, dx dbias shares, dy x bias, tanh, rows n count, stream
+    "gelu_backward": "i ppp ppp i lll p",
+    # dtype, y x, rows n, stream
+    "swiglu": "i pp ll p",
+    "swiglu_backward": "i ppp ll p",
+    # dtype, y x cos sin, strides of x and of angles, tokens batch heads half, back, stream
+    "rope": "i pppp lll ll llll i p",
+    # dtype, y x residual names, rows n least, factor, stream
+    "dropout": "i pppp lll f p",
     # dtype, top sums x label, rows n known, stream
     "cross_entropy_forward": "i pppp lll p",
     # dtype, x lse scale label, rows n known vocabulary, smoothing z, stream

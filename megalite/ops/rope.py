@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+from megalite.ops import backend
+from megalite.ops.registry import define
 
 # s sequence, b micro batch (or 1: the same for all), n heads, d head_dim
 
@@ -19,5 +24,53 @@ def rope_angles(
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate `x` [s, b, n, d]: element i of the first half with element i of the second."""
+    if backend.takes_alike(x, cos, sin):
+        return _Rope.apply(x, cos, sin)
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return _rope(x, cos, sin, False)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        return _rope(dy, *ctx.saved_tensors, True), None, None
+
+
+class _Inputs(NamedTuple):
+    x: Tensor
+    cos: Tensor
+    sin: Tensor
+    back: bool
+    """By the negative angles."""
+
+
+def _kernel(a: _Inputs) -> Tensor:
+    # Queries and keys are views of one projection, their gradients views of another order: the
+    # kernel goes by strides, and neither is copied.
+    x = a.x if a.x.stride(-1) == 1 else a.x.contiguous()
+    s, b, n, d = x.shape
+    cos, sin = (t.contiguous().expand(s, b, 1, d // 2) for t in (a.cos, a.sin))
+    y = _shapes(a)
+    strides = *x.stride()[:3], *cos.stride()[:2]
+    backend.launch("rope", x, y, x, cos, sin, *strides, s, b, n, d // 2, int(a.back))
+    return y
+
+
+def _shapes(a: _Inputs) -> Tensor:
+    return torch.empty_like(a.x, memory_format=torch.contiguous_format)
+
+
+def _reference(a: _Inputs) -> Tensor:
+    x, cos, sin = backend.wide(a.x), backend.wide(a.cos), backend.wide(a.sin)
+    sin = -sin if a.back else sin
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return turned.to(a.x.dtype)
+
+
+_rope = define("rope", _Inputs, 1, kernel=_kernel, reference=_reference, shapes=_shapes)

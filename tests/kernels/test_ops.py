@@ -11,18 +11,30 @@ from torch.utils.checkpoint import checkpoint
 
 import build
 from megalite.ops import backend
+from megalite.ops.dropout import dropout
+from megalite.ops.gelu import gelu
 from megalite.ops.library import SOURCES, Library, NoKernels
 from megalite.ops.norm import add_layer_norm, layer_norm, rms_norm
+from megalite.ops.rope import rope, rope_angles
 from megalite.ops.softmax import scaled_softmax
+from megalite.ops.swiglu import swiglu
 
 OPS = torch.ops.megalite
 X, W = torch.randn(6, 32), torch.randn(32)
 SCORES, MASK = torch.randn(2, 3, 4, 16), torch.rand(4, 16) > 0.3
+HEADS, NAMES = torch.randn(2, 3, 4, 16), torch.randint(-(2**63), 2**63 - 1, (6, 1))
+COS, SIN = rope_angles(torch.arange(2)[:, None], 16, 10_000.0, torch.float32)
 CALLS = {
     "norm": (X, X, W, W, 1e-5, True),
     "norm_backward": (X, X, X, W, torch.randn(6), torch.rand(6), True),
     "softmax": (SCORES, MASK, None, True, 0, 0.5),
     "softmax_backward": (SCORES, SCORES.softmax(-1), False, 0, 0.5),
+    "gelu": (X, W, True),
+    "gelu_backward": (X, X, W, False),
+    "swiglu": (X,),
+    "swiglu_backward": (X[:, :16], X),
+    "rope": (HEADS, COS, SIN, True),
+    "dropout": (X, NAMES, X, 0.3),
 }
 
 
@@ -60,8 +72,9 @@ def test_shapes_on_a_gpu_that_is_not_there(emulated):
 
 def model(x, w, scores):
     total, y = add_layer_norm(x, 2 * x, w, None, 1e-5)
-    weights = scaled_softmax(scores, causal=True, scale=0.5)
-    return rms_norm(y, w, 1e-5).sum() + (total * total).sum() + (weights * scores).sum()
+    weights = scaled_softmax(rope(scores, COS, SIN), causal=True, scale=0.5)
+    y = dropout(gelu(rms_norm(y, w, 1e-5), w), NAMES, 0.3, total)
+    return swiglu(y).sum() + (total * total).sum() + (weights * scores).sum()
 
 
 def grads(fn):
