@@ -35,9 +35,13 @@ from megalite.core.mesh import Mesh
 from megalite.layers.loss import cross_entropy_sum
 from megalite.ops import backend
 from megalite.ops.adamw import adamw_
+from megalite.ops.dropout import dropout
+from megalite.ops.gelu import gelu
 from megalite.ops.library import NoKernels
 from megalite.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from megalite.ops.rope import rope, rope_angles
 from megalite.ops.softmax import scaled_softmax
+from megalite.ops.swiglu import swiglu
 
 EPS = 1e-5
 Call = Callable[[], Any]
@@ -237,6 +241,44 @@ def softmaxes(sizes: Sizes) -> Iterator[Case]:
             yield Case(f"{name} backward", shape, nbytes, back, goals[1])
 
 
+def elementwise(sizes: Sizes) -> Iterator[Case]:
+    """What a layer does to each number alone: at one width, forward and backward."""
+    rows, h = sizes.rows, max(w for w in sizes.widths if w <= 4096)
+    x, both, dy = sizes.drawn(rows, h), sizes.drawn(rows, 2 * h), sizes.drawn(rows, h)
+    heads = sizes.drawn(rows // 8, 8, h // 64, 64)
+    places = torch.arange(rows // 8, device=sizes.device)[:, None]
+    cos, sin = rope_angles(places, 64, 1e4, sizes.dtype)
+    names = torch.randint(2**62, (rows, 1), device=sizes.device)
+    for leaf in (x, both, heads):
+        leaf.requires_grad_()
+
+    def torch_swiglu(both: Tensor) -> Tensor:
+        gate, up = both.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def torch_rope(heads: Tensor) -> Tensor:
+        a, b = heads.chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+    def torch_dropout(x: Tensor) -> Tensor:
+        return dy + F.dropout(x, 0.1)
+
+    turned = sizes.drawn(*heads.shape)
+    for name, ours, formula, leaf, grad, moved in (
+        ("gelu", gelu, F.gelu, x, dy, (2, 3)),
+        ("swiglu", swiglu, torch_swiglu, both, dy, (3, 5)),
+        ("rope", partial(rope, cos=cos, sin=sin), torch_rope, heads, turned, (2, 2)),
+        ("dropout + add", lambda x: dropout(x, names, 0.1, dy), torch_dropout, x, dy, (3, 2)),
+    ):
+        forward = with_others(partial(ours, leaf), formula, leaf)
+        once = {n: _without_grad(call) for n, call in forward.items()}
+        nbytes = [n * rows * h * x.element_size() for n in moved]
+        same = name != "dropout + add"  # whose masks differ
+        yield Case(name, tuple(leaf.shape), nbytes[0], once, 0.93, same=same)
+        back = {n: backward_of(call, (leaf,), (grad,)) for n, call in forward.items()}
+        yield Case(f"{name} backward", tuple(leaf.shape), nbytes[1], back, 0.93, same=same)
+
+
 def cross_entropies(sizes: Sizes) -> Iterator[Case]:
     """Forward and backward of the loss: logits are read twice and their gradients written once."""
     rows, vocab = sizes.logits
@@ -301,6 +343,7 @@ def optimizers(sizes: Sizes) -> Iterator[Case]:
 GROUPS = {
     "norm": norms,
     "softmax": softmaxes,
+    "elementwise": elementwise,
     "loss": cross_entropies,
     "optimizer": optimizers,
 }

@@ -21,7 +21,7 @@ from megalite.parallel.buckets import Bucket
 from megalite.parallel.zero import Zero
 
 AT_ONCE = 1 << 20
-"""Squares that are summed in the gradients' own dtype: of 30 times as many float32 loses 1e-3."""
+"""Squares that a CPU sums in their own dtype: of 30 times as many float32 loses 1e-3."""
 
 
 class Optimizer:
@@ -107,8 +107,7 @@ class Optimizer:
         for bucket, spans in zip(self.zero.buckets, self._owned, strict=True):
             base = bucket.updated[0]
             for lo, hi in spans:
-                for part in bucket.grads[lo - base : hi - base].split(AT_ONCE):
-                    total += torch.dot(part, part).to(torch.float64)
+                total += _sum_of_squares(bucket.grads[lo - base : hi - base])
         return total
 
     def step(self, *, lr: float, scale: Tensor) -> None:
@@ -137,3 +136,13 @@ class Optimizer:
             if not in_one_pass:
                 self._write(idx)
         self.zero.gather_params()
+
+
+def _sum_of_squares(flat: Tensor) -> Tensor:
+    """In float64; on a GPU in one launch, which float64 does not slow."""
+    if flat.is_cuda:
+        return torch.linalg.vector_norm(flat, dtype=torch.float64).square()
+    total = flat.new_zeros((), dtype=torch.float64)
+    for part in flat.split(AT_ONCE):
+        total += torch.dot(part, part)
+    return total

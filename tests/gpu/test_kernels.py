@@ -3,6 +3,7 @@
 from tests.kernels import (
     test_adamw_kernel,
     test_cross_entropy_kernels,
+    test_elementwise_kernels,
     test_norm_kernels,
     test_softmax_kernels,
 )
@@ -11,6 +12,7 @@ from tests.kernels import (
 for file in (
     test_adamw_kernel,
     test_cross_entropy_kernels,
+    test_elementwise_kernels,
     test_norm_kernels,
     test_softmax_kernels,
 ):
