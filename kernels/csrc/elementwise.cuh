@@ -27,6 +27,7 @@ __global__ void __launch_bounds__(ELEMENTWISE_THREADS)
         if (column + V <= n)
             map.template at<V>(row, column);
         else
+#pragma unroll 1
             for (int64_t one = column; one < n; one++) map.template at<1>(row, one);
 }
 
