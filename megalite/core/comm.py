@@ -84,15 +84,21 @@ def _is_gloo(axis: Axis) -> bool:
     return axis.group is not None and dist.get_backend(axis.group) != "nccl"
 
 
-def all_reduce_start(x: Tensor, axis: Axis, op: str = "sum") -> Pending:
-    """Begin to sum (or `max`, `min`) `x` over the axis, in place; `x` must be contiguous."""
+def all_reduce_start(
+    x: Tensor, axis: Axis, op: str = "sum", *, dtype: torch.dtype | None = None
+) -> Pending:
+    """Begin to sum (or `max`, `min`) `x` over the axis, in place; `x` must be contiguous.
+
+    `dtype`: what is sent, and here added up, in place of x's own.
+    """
     if axis.size == 1:
         return _done(x)
-    entry = _log("all_reduce", "all_reduce", axis, x)
+    sent = x.to(dtype or x.dtype)
+    entry = _log("all_reduce", "all_reduce", axis, sent)
     if axis.is_fake:
         return _done(x)
-    work = dist.all_reduce(x, _OPS[op], group=axis.group, async_op=True)
-    return Pending([work], entry, lambda: x)
+    work = dist.all_reduce(sent, _OPS[op], group=axis.group, async_op=True)
+    return Pending([work], entry, lambda: x if sent is x else x.copy_(sent))
 
 
 def all_reduce(x: Tensor, axis: Axis, op: str = "sum") -> Tensor:
@@ -129,11 +135,14 @@ def needs_scratch(axis: Axis) -> bool:
     return axis.size > 1 and _is_gloo(axis)
 
 
-def reduce_scatter_start(x: Tensor, axis: Axis, *, out: Tensor | None = None) -> Pending:
+def reduce_scatter_start(
+    x: Tensor, axis: Axis, *, out: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Pending:
     """Begin to sum `x` over the axis and keep my part along dim 0: [n m, ...] -> [m, ...].
 
     `x` must not be used by the caller until `wait()` returns. `out` may be given; it may be my part
-    of `x`.
+    of `x`. `dtype`: what is sent in place of x's own; gloo's parts are then added up in x's, NCCL
+    adds in what it sends.
     """
     if axis.size == 1:
         return _done(x)
@@ -143,18 +152,23 @@ def reduce_scatter_start(x: Tensor, axis: Axis, *, out: Tensor | None = None) ->
     # gloo's reduce-scatter costs up to twice its all-reduce; an all-to-all moves half the bytes of
     # that all-reduce and leaves a sum in rank order.
     wire = "all_to_all" if _is_gloo(axis) else "reduce_scatter"
-    entry = _log("reduce_scatter", wire, axis, x)
+    sent = x.to(dtype or x.dtype)
+    entry = _log("reduce_scatter", wire, axis, sent)
     result = x.new_empty((mine, *x.shape[1:])) if out is None else out
     if axis.is_fake:
         return _done(result)
     if wire == "all_to_all":
-        parts = torch.empty_like(x)
-        work = dist.all_to_all_single(parts, x, group=axis.group, async_op=True)
-        return Pending(
-            [work], entry, lambda: torch.sum(parts.unflatten(0, (axis.size, mine)), 0, out=result)
-        )
-    work = _reduce_scatter_single(result, x, group=axis.group, async_op=True)
-    return Pending([work], entry, lambda: result)
+        parts = torch.empty_like(sent)
+        work = dist.all_to_all_single(parts, sent, group=axis.group, async_op=True)
+
+        def add_up() -> Tensor:
+            each = parts.unflatten(0, (axis.size, mine))
+            return torch.sum(each, 0, dtype=result.dtype, out=result)
+
+        return Pending([work], entry, add_up)
+    came = result if sent is x else torch.empty_like(result, dtype=sent.dtype)
+    work = _reduce_scatter_single(came, sent, group=axis.group, async_op=True)
+    return Pending([work], entry, lambda: result if came is result else result.copy_(came))
 
 
 def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:

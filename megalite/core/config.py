@@ -143,6 +143,9 @@ class LayoutConfig:
     """Recompute only in the first layers of each stage, this many of them (None: all)."""
     bucket_mb: float | None = None
     """Gradient bucket size in MB (None: 4 on gloo, 64 on NCCL)."""
+    grad_reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """How gradients are sent to be summed over data ranks: as they were added up, which is in fp32
+    or more, or rounded to bf16, with half the bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,10 @@ Part = tuple[int, int]
 
 
 class Zero:
-    """The buckets of this rank's stages and how they are kept over the data and context ranks."""
+    """The buckets of this rank's stages and how they are kept over the data and context ranks.
+
+    Gradients are sent to those in the dtype `sent_as` (None: in which they were added up).
+    """
 
     def __init__(
         self,
@@ -47,8 +50,9 @@ class Zero:
         bucket_bytes: float,
         device: torch.device,
         rule_of: RuleOf = one_rule,
+        sent_as: torch.dtype | None = None,
     ):
-        self.mesh, self.stage = mesh, stage
+        self.mesh, self.stage, self.sent_as = mesh, stage, sent_as
         self.axis = mesh.axis("dp", "cp")
         self.buckets: list[Bucket] = []
         self._of: dict[int, tuple[int, int]] = {}
@@ -193,17 +197,20 @@ class Zero:
 
     def _start(self, part: Part) -> None:
         # Else all that are under way would hold their whole gradient a second time.
-        while self.stage > 0 and comm.needs_scratch(self.axis) and len(self._pending) >= LANES:
+        copies = self.sent_as is not None or (self.stage > 0 and comm.needs_scratch(self.axis))
+        while copies and len(self._pending) >= LANES:
             self._collect(next(iter(self._pending)))
         number, _ = part
         whole = self._open[part]
         for name, (lo, hi) in self._partials[number]:
             comm.all_reduce(whole[lo:hi], self.mesh.axes[name])
         if self.stage == 0:
-            self._pending[part] = comm.all_reduce_start(whole, self.axis)
+            self._pending[part] = comm.all_reduce_start(whole, self.axis, dtype=self.sent_as)
         else:
             lo, hi = self.my_range(self.buckets[number])
-            self._pending[part] = comm.reduce_scatter_start(whole, self.axis, out=whole[lo:hi])
+            self._pending[part] = comm.reduce_scatter_start(
+                whole, self.axis, out=whole[lo:hi], dtype=self.sent_as
+            )
 
     def _collect(self, part: Part) -> None:
         """Wait for a reduction; at stage 2 add its shard to the sums and keep its memory."""

@@ -78,7 +78,8 @@ def stage_memory(config: Config, world_size: int, pp_idx: int, dtype: torch.dtyp
         flat.size * (len(rules[flat.key.optimizer].state_names) + masters) for flat, _ in buckets
     )
     activations, working = _moving(config, schedule, pp_idx, mine, dtype)
-    if zero >= 1 and ways > 1 and _on_cpu(config, dtype):
+    narrow = config.layout.grad_reduce_dtype == "bf16"
+    if ways > 1 and (narrow or (zero >= 1 and _on_cpu(config, dtype))):
         layer = LayerBytes(config, dtype).kept(config.layout.recompute)
         working = _with_copies([flat for flat, _ in buckets], zero, working, activations, layer)
     if config.layout.post_validation:
@@ -160,6 +161,7 @@ def _with_copies(
     buckets: list[FlatLayout], zero: int, working: float, kept: float, layer: float
 ) -> float:
     """`working` with the second copies that reduce-scatters over gloo hold, LANES of them at most.
+    Of gradients that are sent as bf16 there are such copies too, of half the size and on gloo two.
 
     From stage 2 on they are there in the next microbatch's backward; of one size LANES - 1, as the
     gradient that is being made has the last lane. Before, in the last one's backward alone: of a

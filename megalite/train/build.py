@@ -192,6 +192,7 @@ def build_engine(
         bucket_bytes=megabytes * 2**20,
         device=device,
         rule_of=rules.of,
+        sent_as=torch.bfloat16 if layout.grad_reduce_dtype == "bf16" else None,
     )
     for stage in stages.values():
         initialize(stage, config.train.seed)

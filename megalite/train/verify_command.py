@@ -27,7 +27,15 @@ from megalite.train.build import pick_device
 from megalite.train.covering import Coverage, Drawn, Space, draw_rows, name_of, small_ramp
 from megalite.train.own_files import check_own_code
 from megalite.train.ranks import Ranks
-from megalite.train.verify import CLOSE, CLOSE_LATER, Gap, gap_from, most_urgent, other_rounding
+from megalite.train.verify import (
+    CLOSE,
+    CLOSE_LATER,
+    TOL,
+    Gap,
+    gap_from,
+    most_urgent,
+    other_rounding,
+)
 from megalite.train.verify_args import VerifyRun
 from megalite.train.verify_table import (
     HEADER,
@@ -225,6 +233,8 @@ def _optim(config: Config) -> Any:
 
 def numbers_of(row: Row, precision: str, fixed_order: bool) -> Numbers:
     """How a layout is compared: bit by bit in fixed order, if what it rounds allows that."""
+    if row.config.layout.grad_reduce_dtype == "bf16":
+        return Numbers(precision, bounds=TOL["bf16"], note="gradients are summed as bf16")
     if not fixed_order:
         return Numbers(precision)
     other = other_rounding(row.config)

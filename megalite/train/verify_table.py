@@ -115,8 +115,9 @@ def table_lines(result: Result) -> list[str]:
     ]
     if result.trouble:
         lines.append(f"        {result.trouble}")
-    if result.numbers.note:
-        lines.append(f"        within {CLOSE['grad']:g}: {result.numbers.note}")
+    if result.numbers.note and result.numbers.bounds:
+        bound = result.numbers.bounds["grad"]
+        lines.append(f"        within {bound:g}: {result.numbers.note}")
     if gap := result.first:
         place = f" at {list(gap.index)}" if gap.index else ""
         lines.append(

@@ -73,6 +73,32 @@ def check_collectives(rank: int, world: int) -> None:
     comm.barrier(axis)
 
 
+def check_narrow_sums(rank: int, world: int) -> None:
+    """What is sent as bfloat16 takes half the bytes, and is added up as float32 where gloo can."""
+    axis = tp_axis(rank, world)
+    every = drawn(world, 2 * world, 3).to(torch.float32)
+    rounded = every.bfloat16().to(torch.float32)
+    mine_rows = slice(2 * rank, 2 * rank + 2)
+
+    def sent() -> tuple[str, int]:
+        return axis.log.entries[-1].op, axis.log.entries[-1].nbytes
+
+    x = every[rank].clone()
+    made = comm.all_reduce_start(x, axis, dtype=torch.bfloat16).wait()
+    assert made is x and made.dtype == torch.float32 and sent() == ("all_reduce", 2 * x.numel())
+    # Each of world - 1 additions rounds to 8 bits.
+    bound = world * 2**-8 * rounded.abs().sum(0)
+    assert ((made - rounded.sum(0)).abs() <= bound).all() and not torch.equal(made, every.sum(0))
+    x = every[rank].clone()
+    out = x[mine_rows]
+    made = comm.reduce_scatter_start(x, axis, out=out, dtype=torch.bfloat16).wait()
+    assert made is out and made.dtype == torch.float32
+    assert sent() == ("reduce_scatter", 2 * x.numel())
+    # gloo's parts are added up in float32: what was sent is all that is rounded.
+    torch.testing.assert_close(out, rounded.sum(0)[mine_rows], rtol=1e-6, atol=1e-6)
+    assert not torch.equal(out, every.sum(0)[mine_rows])
+
+
 def logged(rank: int, world: int) -> list[list]:
     """[op, wire, axis, bytes, file, completed before and after the wait] of three calls."""
     axis = tp_axis(rank, world)

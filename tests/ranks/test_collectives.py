@@ -15,6 +15,11 @@ def test_collectives_equal_arithmetic_on_all_tensors(world, run_ranks):
     run_ranks(JOBS + "check_collectives", world)
 
 
+@pytest.mark.parametrize("world", [2, 3])
+def test_sums_may_be_sent_in_half_the_bytes(world, run_ranks):
+    run_ranks(JOBS + "check_narrow_sums", world)
+
+
 def test_log_says_what_was_asked_what_went_out_where_from_and_when_it_ended(run_ranks):
     for seen in run_ranks(JOBS + "logged", 2):
         assert seen == [

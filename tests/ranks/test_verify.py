@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -67,6 +68,16 @@ def test_drawn_layouts_equal_one_process(outside_torchrun, tmp_path, capsys):
 def test_narrow_numbers_stay_within_rounding(outside_torchrun, precision, capsys):
     assert verify(f"--tp 2 --pp 2 --precision {precision}") == 0
     assert f"{precision} against one process in fp64" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("layout", ["--dp 3 --zero 0", "--pp 2 --dp 2 --zero 2 --cp 2"])
+def test_gradients_sent_as_bf16_stay_within_its_rounding(outside_torchrun, layout, capsys):
+    assert verify(f"{layout} --global-batch-size 12 --micro-batch-size 1"
+                  " --grad-reduce-dtype bf16") == 0  # fmt: skip
+    shown = capsys.readouterr().out
+    assert f"within {TOL['bf16']['grad']:g}: gradients are summed as bf16" in shown
+    worst = float(re.search(r"^ok +\d+ +\S+ +(\S+)", shown, re.MULTILINE)[1])
+    assert worst > 1e-4
 
 
 MISTAKES = [

@@ -143,6 +143,18 @@ def test_zero_3_gathers_for_each_forward_and_backward():
     assert found["all_gather", "dp*cp"] == (count, nbytes)
 
 
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_gradients_that_are_sent_as_bf16_are_half_the_bytes_of_the_same_reductions(zero):
+    layout = {"tp": 2, "dp": 4, "zero": zero}
+    wide, _ = sent(**layout)
+    narrow, _ = sent(**layout, grad_reduce_dtype="bf16")
+    reduction = ("reduce_scatter" if zero else "all_reduce", "dp*cp")
+    count, size = wide.pop(reduction)
+    assert narrow.pop(reduction) == (count, size // 2)
+    # What gathers parameters, sums over tp, and the norm are as they were.
+    assert narrow == wide
+
+
 def test_full_recomputation_repeats_the_forward_of_each_layer():
     plain, _ = sent(tp=2)
     again, _ = sent(tp=2, recompute="full")
