@@ -177,6 +177,16 @@ __device__ __forceinline__ void norm_dx(float (&dx)[V], const float (&unit)[V], 
     for (int i = 0; i < V; i++) dx[i] = rstd * (dx[i] - unit[i] * along_unit - along_one);
 }
 
+// What else there is of the sum's gradient. Rounded before and after, as torch adds two gradients:
+// whether the addition is in the norm's pass, or beside a norm that is made again, no bit differs.
+template <class T, int V>
+__device__ __forceinline__ void add_gradient(float (&dx)[V], const T* dsum) {
+    float more[V];
+    load_once<T, V>(dsum).unpack(more);
+#pragma unroll
+    for (int i = 0; i < V; i++) dx[i] = __fadd_rn(wide(narrow<T>(dx[i])), more[i]);
+}
+
 constexpr int MOST_BACKWARD_THREADS = 384;  // of 65,536 registers, with 160 each
 
 // A row of K * V elements a thread. While one row is worked on, the next one is on its way.
@@ -244,12 +254,7 @@ __global__ void __launch_bounds__(MOST_BACKWARD_THREADS) norm_backward(const Nor
                 float unit[V], along[V], g[V];
                 terms(k, unit, along, g);
                 norm_dx(g, unit, row_rstd, along_unit, along_one);
-                if constexpr (ADD) {
-                    float more[V];
-                    load_once<T, V>(a.dsum + row * a.n + column(k)).unpack(more);
-#pragma unroll
-                    for (int i = 0; i < V; i++) g[i] += more[i];
-                }
+                if constexpr (ADD) add_gradient<T>(g, a.dsum + row * a.n + column(k));
                 store_once<T, V>(a.dx + row * a.n + column(k), Pack<T, V>::of(g));
             }
     }
@@ -295,12 +300,7 @@ template <class T, int V, bool ADD> __global__ void norm_backward_rows(const Nor
     const float along_one = a.mean != nullptr ? along.v[1] / a.n : 0.0f;
     each([&](int column, float(&g)[V], const float(&unit)[V]) {
         norm_dx(g, unit, rstd, along_unit, along_one);
-        if constexpr (ADD) {
-            float more[V];
-            load_once<T, V>(a.dsum + at + column).unpack(more);
-#pragma unroll
-            for (int i = 0; i < V; i++) g[i] += more[i];
-        }
+        if constexpr (ADD) add_gradient<T>(g, a.dsum + at + column);
         store_once<T, V>(a.dx + at + column, Pack<T, V>::of(g));
     });
 }

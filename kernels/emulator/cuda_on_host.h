@@ -80,6 +80,7 @@ inline __half __float2half_rn(float x) {
 template <class T> T __ldcs(const T* at) { return *at; }
 template <class T> T __ldg(const T* at) { return *at; }
 template <class T> void __stcs(T* at, T x) { *at = x; }
+inline float __fadd_rn(float a, float b) { return a + b; }  // never part of an fma
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }

@@ -133,6 +133,10 @@ class Call:
         """The same call with some parts run again in backward."""
         return replace(self, parts=parts)
 
+    def makes_again(self, name: str) -> bool:
+        """Whether backward runs the parts of that name again."""
+        return self.parts is not None and name in self.parts.names
+
     def part(self, name: str, fn: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """`fn(*inputs)`, one tensor: a part of a layer that --recompute-modules may name.
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from megalite.core import shard
+from megalite.core.call import Call
 from megalite.core.config import ModelConfig
 from megalite.core.mesh import Axis
 from megalite.core.params import constant, new_param
-from megalite.ops.norm import layer_norm, rms_norm
+from megalite.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
 
 class Norm(nn.Module):
@@ -30,3 +31,12 @@ class Norm(nn.Module):
         if self.kind == "rmsnorm":
             return rms_norm(x, self.weight, self.eps)
         return layer_norm(x, self.weight, self.bias, self.eps)
+
+    def add(self, x: Tensor, y: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        """x + y, and its norm; in one pass, unless backward is to make the norm again from it."""
+        if call.makes_again("norm"):
+            total = x + y
+            return total, call.part("norm", self, total)
+        if self.kind == "rmsnorm":
+            return add_rms_norm(x, y, self.weight, self.eps)
+        return add_layer_norm(x, y, self.weight, self.bias, self.eps)

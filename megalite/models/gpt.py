@@ -56,9 +56,8 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, call: Call) -> Tensor:
         """[r, b, h] -> [r, b, h]."""
         y = self.attention(call.part("norm", self.attention_norm, x), call)
-        x = x + dropout(y, self.p, self.keys[0], call)
-        y = self.mlp(call.part("norm", self.mlp_norm, x), call)
-        return x + dropout(y, self.p, self.keys[1], call)
+        x, y = self.mlp_norm.add(x, dropout(y, self.p, self.keys[0], call), call)
+        return dropout(self.mlp(y, call), self.p, self.keys[1], call, residual=x)
 
 
 class GPT(nn.Module):

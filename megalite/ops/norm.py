@@ -51,10 +51,10 @@ def add_layer_norm(
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x + residual, and its rms_norm; all [..., h]."""
-    if backend.apex_for(x, residual, weight):
-        total = x + residual
-        return total, rms_norm(total, weight, eps)
-    return _Norm.apply(x, residual, weight, None, eps, False)
+    if not backend.apex_for(x, residual, weight) and backend.takes(x, residual, weight):
+        return _Norm.apply(x, residual, weight, None, eps, False)
+    total = x + residual
+    return total, rms_norm(total, weight, eps)
 
 
 class _Norm(torch.autograd.Function):
@@ -159,10 +159,10 @@ def _backward_reference(a: _Backward) -> tuple[Tensor, ...]:
     g = along * backend.wide(a.weight)
     dx = g - unit * (g * unit).mean(-1, keepdim=True)
     dx = (dx - g.mean(-1, keepdim=True) if centered else dx) * a.rstd[:, None]
-    dx = dx.view(a.x.shape) if a.dtotal is None else dx.view(a.x.shape) + backend.wide(a.dtotal)
+    dx = dx.to(a.x.dtype).view(a.x.shape)
     dweight = (along * unit).sum(0).to(a.weight.dtype)
     dbias = along.sum(0) if a.has_bias else along.new_empty(0)
-    return dx.to(a.x.dtype), dweight, dbias.to(a.weight.dtype)
+    return dx if a.dtotal is None else dx + a.dtotal, dweight, dbias.to(a.weight.dtype)
 
 
 _forward = define(

@@ -177,12 +177,12 @@ def free_storage(tensor: Tensor) -> None:
     """Give back the memory of a stage's output that has been sent; its graph stays.
 
     Only where the node that made it does not look at its output in backward: every stage of ours
-    ends in a residual's addition, or in a layer that is run again, behind ZeRO-3's gate or not. A
-    fork's own ending keeps its output.
+    ends in a residual's addition, in dropout's pass or in torch's own, or in a layer that is run
+    again, behind ZeRO-3's gate or not. A fork's own ending keeps its output.
     """
     made_by = tensor.grad_fn
     while type(made_by).__name__ == "_GateBackward":
         made_by = made_by.next_functions[0][0]  # type: ignore[union-attr]
-    if type(made_by).__name__ in ("AddBackward0", "_AgainBackward"):
+    if type(made_by).__name__ in ("AddBackward0", "_AgainBackward", "_DropoutBackward"):
         with torch.no_grad():
             tensor.untyped_storage().resize_(0)

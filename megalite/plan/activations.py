@@ -3,7 +3,8 @@
 Each term is a tensor of the forward or backward that autograd or a linear of ours holds, cut as it
 is on a rank. Scores that are written out (soft cap, attention dropout), grouped heads that SDPA
 repeats, and what zero-bubble schedules hold between I and W are estimates. Korthikanti et al. 2022
-(arXiv 2205.05198), section 4, for the method; the sums are those of this code. Next: memory.py.
+(arXiv 2205.05198), section 4, for the method; the sums are those of this code where torch computes.
+The kernels keep less: no masks of dropout, of SwiGLU its input alone. Next: memory.py.
 """
 
 from __future__ import annotations

@@ -87,6 +87,26 @@ def test_residual_is_added_first(emulated, h, centered):
         compare(9, h, dtype, centered=centered, adds=True)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("h", [33, 256, 16400])
+@pytest.mark.parametrize("centered", [True, False])
+def test_one_pass_has_the_bits_of_addition_and_norm(emulated, h, centered, dtype):
+    x, residual, dy, dtotal = (drawn(5, h, dtype=dtype, seed=seed) for seed in range(4))
+    weight, bias = (drawn(h, dtype=dtype, seed=seed) for seed in (4, 5))
+    found = []
+    for fused in (True, False):
+        leaves = [t.clone().requires_grad_() for t in (x, residual, weight, bias)]
+        given = (*leaves[:3], leaves[3] if centered else None)
+        if fused:
+            total, y = by_kernels(*given)
+        else:
+            total, y = by_kernels(given[0] + given[1], None, *given[2:])
+        torch.autograd.backward((total, y), (dtotal, dy))
+        found.append([total, y, *(leaf.grad for leaf in leaves[: 3 + centered])])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert emulated.count == 4
+
+
 @pytest.mark.parametrize("h", [16400, 33000, 50257])
 def test_rows_too_long_for_registers(emulated, h):
     for adds in (False, True):
