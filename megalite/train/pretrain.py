@@ -47,6 +47,8 @@ from megalite.train.steps import Steps
 from megalite.train.trace import Trace
 
 SAMPLE_TOKENS = 40
+TRAINING_ALONE = ("dropout", "attention_dropout", "label_smoothing", "z_loss", "init_std")
+"""Fields of the model that say nothing of what its weights compute."""
 
 
 def pretrain(config: Config, world: World, explain: Explain | None = None) -> None:
@@ -378,7 +380,7 @@ def _check_same_model(config: Config, manifest: mf.Manifest, directory: Path) ->
     theirs = Config.from_dict(manifest.config).model
     for name, value in vars(theirs).items():
         mine = getattr(config.model, name)
-        if mine != value:
+        if mine != value and name not in TRAINING_ALONE:
             flag = "--" + name.replace("_", "-")
             raise CheckpointError(
                 f"{directory}: was trained with {flag} {value}, this run has {mine}"

@@ -428,6 +428,16 @@ def test_resume_with_another_model_names_the_flag(done, train):
     )
 
 
+def test_weights_go_on_with_another_dropout_and_loss(done, train, tmp_path):
+    more = {"dropout": 0.1, "attention_dropout": 0.1, "label_smoothing": 0.1, "z_loss": 1e-4}
+    train_of = replace(done.train, out=str(tmp_path / "tuned"), init_from=done.train.out)
+    tuned = replace(done, train=train_of, model=replace(done.model, **more))
+    (one,) = train(tuned)
+    assert (one["code"], one["err"]) == (0, "")
+    lines = (tmp_path / "tuned" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+
+
 def test_resume_without_a_checkpoint_is_refused(tmp_path, train):
     (one,) = train(resumed(config_of(tmp_path / "new")))
     assert one["code"] == 4
