@@ -35,6 +35,30 @@ struct Exponentials {
 
 constexpr int CROSS_ENTROPY_THREADS = 512;
 
+// fn(column, x) of each pack of a row below `stop` that is this thread's; some of them are on their
+// way while one is worked on. ONCE: they will not be read again.
+template <bool ONCE, int V, class T, class Fn>
+__device__ __forceinline__ void each_pack(const T* row, int64_t stop, Fn fn) {
+    constexpr int AHEAD = 4;
+    const int64_t step = int64_t(blockDim.x) * V;
+    for (int64_t at = int64_t(threadIdx.x) * V; at < stop; at += AHEAD * step) {
+        Pack<T, V> raw[AHEAD];
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++) {
+            const int64_t column = at + k * step;
+            if (column < stop)
+                raw[k] = ONCE ? load_once<T, V>(row + column) : load<T, V>(row + column);
+        }
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++)
+            if (at + k * step < stop) {
+                float x[V];
+                raw[k].unpack(x);
+                fn(at + k * step, x);
+            }
+    }
+}
+
 template <class T> struct CrossEntropyForward {
     float* top;     // [rows]
     float* sums;    // [3, rows]: of exp(x - top), the label's logit or 0, of x
@@ -49,29 +73,17 @@ __global__ void __launch_bounds__(CROSS_ENTROPY_THREADS)
     SHARED(float, shared, OVER_ROW_FLOATS(2));
     OverRow<2> over_row(shared);
     const int64_t row = blockIdx.x, start = row * a.n;
-    const int64_t step = int64_t(blockDim.x) * V;
     Exponentials seen;
     float plain = 0.0f;
-    constexpr int AHEAD = 4;  // packs on their way at a time
-    for (int64_t at = int64_t(threadIdx.x) * V; at < a.known; at += AHEAD * step) {
-        Pack<T, V> raw[AHEAD];
+    each_pack<false, V>(a.x + start, a.known, [&](int64_t column, float (&x)[V]) {
 #pragma unroll
-        for (int k = 0; k < AHEAD; k++)
-            if (at + k * step < a.known) raw[k] = load<T, V>(a.x + start + at + k * step);
-#pragma unroll
-        for (int k = 0; k < AHEAD; k++)
-            if (at + k * step < a.known) {
-                float x[V];
-                raw[k].unpack(x);
-#pragma unroll
-                for (int i = 0; i < V; i++) {
-                    const bool known = at + k * step + i < a.known;
-                    plain += known ? x[i] : 0.0f;
-                    x[i] = known ? x[i] : -INFINITY;
-                }
-                seen.add(x);
-            }
-    }
+        for (int i = 0; i < V; i++) {
+            const bool known = column + i < a.known;
+            plain += known ? x[i] : 0.0f;
+            x[i] = known ? x[i] : -INFINITY;
+        }
+        seen.add(x);
+    });
     const float top = over_row.max(seen.top);
     const float shift = top == -INFINITY ? 0.0f : top;
     const auto sums = over_row.sum(Values<2>{{seen.total * expf(seen.top - shift), plain}});
@@ -101,29 +113,16 @@ __global__ void __launch_bounds__(CROSS_ENTROPY_THREADS)
     const float lse = a.lse[row], scale = a.scale[row];
     const float of_p = scale * (1.0f + 2.0f * a.z * lse), each = scale * a.smoothing / a.vocabulary;
     const float at_label = scale * (1.0f - a.smoothing);
-    const int64_t label = a.label[row], step = int64_t(blockDim.x) * V;
-    constexpr int AHEAD = 4;
-    for (int64_t at = int64_t(threadIdx.x) * V; at < a.n; at += AHEAD * step) {
-        Pack<T, V> raw[AHEAD];
+    const int64_t label = a.label[row];
+    each_pack<true, V>(a.x + start, a.n, [&](int64_t column, float (&x)[V]) {
 #pragma unroll
-        for (int k = 0; k < AHEAD; k++)
-            if (at + k * step < a.n) raw[k] = load_once<T, V>(a.x + start + at + k * step);
-#pragma unroll
-        for (int k = 0; k < AHEAD; k++)
-            if (at + k * step < a.n) {
-                const int64_t column = at + k * step;
-                float x[V];
-                raw[k].unpack(x);
-#pragma unroll
-                for (int i = 0; i < V; i++) {
-                    const float dx = expf(x[i] - lse) * of_p - each -
-                                     (column + i == label ? at_label : 0.0f);
-                    // A row whose loss counts for nothing has no gradient, whatever is in it.
-                    x[i] = column + i < a.known && scale != 0.0f ? dx : 0.0f;
-                }
-                store_once<T, V>(a.x + start + column, Pack<T, V>::of(x));
-            }
-    }
+        for (int i = 0; i < V; i++) {
+            const float dx = expf(x[i] - lse) * of_p - each - (column + i == label ? at_label : 0.0f);
+            // A row whose loss counts for nothing has no gradient, whatever is in it.
+            x[i] = column + i < a.known && scale != 0.0f ? dx : 0.0f;
+        }
+        store_once<T, V>(a.x + start + column, Pack<T, V>::of(x));
+    });
 }
 
 }  // namespace megalite
