@@ -83,18 +83,23 @@ class Library:
                 f"{path}: built from other sources ({built_from}, here {now}): run make kernels"
             )
         self.emulated = bool(self._lib.megalite_emulated())
-        for name, letters in SIGNATURES.items():
-            function = getattr(self._lib, f"megalite_{name}")
-            function.argtypes = [_LETTERS[letter] for letter in letters.replace(" ", "")]
+        self._functions: dict[str, Any] = {}
+
+    def _function(self, name: str) -> Any:
+        function = self._functions.get(name)
+        if function is None:
+            function = self._functions[name] = getattr(self._lib, f"megalite_{name}")
+            function.argtypes = [_LETTERS[letter] for letter in SIGNATURES[name].replace(" ", "")]
             function.restype = c_int64 if name.endswith("shares") else c_int
+        return function
 
     def ask(self, name: str, *args: Any) -> int:
         """What a function that launches nothing answers."""
-        return getattr(self._lib, f"megalite_{name}")(*args)
+        return self._function(name)(*args)
 
     def launch(self, name: str, *args: Any) -> None:
         """Call a function that launches kernels. Raises RuntimeError with the device's error."""
-        code = getattr(self._lib, f"megalite_{name}")(*args)
+        code = self._function(name)(*args)
         if code:
             reason = self._lib.megalite_error(code).decode()
             raise RuntimeError(f"megalite_{name}: {reason} (error {code})")
