@@ -59,7 +59,7 @@ EXPORT int megalite_gelu(int dtype, void* y, const void* x, const void* bias, in
 }
 
 // dx, dy, x [rows, n], dbias and bias [n] or both null, of `dtype`. shares [count, n] of float32 is
-// scratch, for dbias.
+// scratch, for dbias; count is 0 where rows is.
 EXPORT int megalite_gelu_backward(int dtype, void* dx, void* dbias, float* shares, const void* dy,
                                   const void* x, const void* bias, int tanh_form, int64_t rows,
                                   int64_t n, int64_t count, void* stream) {
@@ -79,11 +79,11 @@ EXPORT int megalite_gelu_backward(int dtype, void* dx, void* dbias, float* share
             const Shape shape(n, packs ? V : 1);
             auto* kernel = packs ? gelu_backward_bias<V, T, decltype(gate)>
                                  : gelu_backward_bias<1, T, decltype(gate)>;
-            if (rows > 0)
+            if (count > 0)
                 if (int error = launch(kernel, shape.grid(count), shape.block, stream, map, shares,
                                        int(count), rows))
                     return error;
-            return sum_shares<T>(dbias, shares, rows > 0 ? int(count) : 0, n, stream);
+            return sum_shares<T>(dbias, shares, int(count), n, stream);
         });
     });
 }

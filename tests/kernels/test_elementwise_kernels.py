@@ -199,6 +199,14 @@ def test_rope_of_tensors_that_start_anywhere(emulated, offset):
     assert emulated.count == 2
 
 
+def test_rope_of_heads_that_are_apart(emulated):
+    s, b, n, d = 3, 2, 8, 16  # samples are 16 bytes from each other, heads are not
+    x = drawn(s, b, n, d + 1, dtype=torch.bfloat16, seed=0)[..., :d]
+    cos, sin = rope_angles(torch.arange(s)[:, None], d, 10_000.0, torch.bfloat16)
+    assert torch.equal(rope(x, cos, sin), rope(x.contiguous(), cos, sin))
+    assert emulated.count == 2
+
+
 def test_rope_of_many_rows_and_none(emulated):
     places = torch.arange(65_600)[:, None]
     compare_rope(drawn(65_600, 1, 1, 4, dtype=torch.float32, seed=0), places)
@@ -319,6 +327,13 @@ def test_nan_stays_where_it_is(emulated):
     ):
         assert torch.equal(y.isnan(), expected)
     assert emulated.count == 6
+
+
+def test_more_rows_of_blocks_than_a_grid_may_have(emulated):
+    x = drawn(65_537, 2 * 129, dtype=torch.float32, seed=0)
+    gate, up = x.double().chunk(2, dim=-1)
+    assert_close(swiglu(x), F.silu(gate) * up, torch.float32)
+    assert emulated.count == 1
 
 
 def test_without_kernels_torch_s_own_functions_run():
