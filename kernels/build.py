@@ -149,7 +149,9 @@ def faults_of(kernel: str, found: Counter[tuple[str, int]]) -> Iterator[str]:
 def build_emulated(out: Path, *, sanitize: bool = False, sources: Path = SOURCES) -> None:
     """Compile for the CPU. Raises BuildFailed with the compiler's words."""
     cxx = compiler()
-    flags = [*CPP, *(SANITIZE if sanitize else []), "-O1", "-Wall", "-Wextra"]
+    # Sanitized code is compiled four times as fast without optimization.
+    how = [*SANITIZE, "-O0"] if sanitize else ["-O1"]
+    flags = [*CPP, *how, "-Wall", "-Wextra"]
     # Loops are CUDA's to unroll.
     flags += ["-Wno-unknown-pragmas", "-x", "c++"]
     _compile([cxx, *flags], [cxx, "-shared", *(SANITIZE if sanitize else [])], out, sources)

@@ -41,6 +41,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalite.core import host_group, mesh
 
+LATE = ("numpy.random", "torch.fx.experimental.symbolic_shapes")
+"""What numpy and torch put off until its first use: half a second in each rank's first backward."""
 TAIL_LINES = 60
 """How much of a rank's output an error shows."""
 
@@ -53,8 +55,10 @@ class NoTensorOps(TorchDispatchMode):
 
 
 def import_everything(name: str) -> None:
-    """Import each module of a package; one that cannot be imported, or computes, is an error."""
+    """Import LATE, and each module of a package; one that cannot be, or computes, is an error."""
     with NoTensorOps():
+        for late in LATE:
+            importlib.import_module(late)
         package = importlib.import_module(name)
         # A package is handed out before walk_packages, which hides errors, imports it itself.
         for module in pkgutil.walk_packages(package.__path__, f"{name}."):
