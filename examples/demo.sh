@@ -62,6 +62,6 @@ train $demo $ranks pretrain --recipe demo ${layout[@]+"${layout[@]}"} ${1+"$@"}
 echo "+ $python tools/sample_report.py $demo"
 "$python" tools/sample_report.py $demo
 
-step $demo/conversations/conversations.json "" conversations --out $demo/conversations --functions 0
-# Two ranks: a small model on short conversations. The checkpoint of any layout loads into any other.
+step $demo/conversations/conversations.json "" conversations --out $demo/conversations --functions 200
+# Two ranks for a small model on short conversations: a checkpoint loads into any other layout.
 train $demo-chat $((ranks > 1 ? 2 : 1)) sft --recipe chat

@@ -258,7 +258,8 @@ class Run:
         right, answers = exam.take(self.engine, count)
         share = right / max(1, count)
         self._say(f"  held-out exact match {share:.2f} ({right} of {count})")
-        for answered in answers[: SHOWN_ANSWERS if last else 1]:
+        shown = SHOWN_ANSWERS if last else 1
+        for answered in answers[:: max(1, len(answers) // shown)][:shown]:
             self._say(*console.answered(answered.question, answered.given))
         if self.metrics is not None:
             self.metrics.write(self.step, val_exact_match=share)
