@@ -5,8 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 
-import jinja2
-import jinja2.ext
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,7 +19,7 @@ from megalite.data.chat import (
     read_conversations,
 )
 from megalite.data.tokenizer import Tokenizer
-from tests.unit.data.samples import make_tokenizer
+from tests.unit.data.samples import jinja_template, make_tokenizer
 
 TALK = (
     Message("system", "Be brief."),
@@ -52,21 +50,9 @@ def template(tokenizer):
     return Template(tokenizer)
 
 
-class Generation(jinja2.ext.Extension):
-    """The block in which Hugging Face marks what the assistant says: here, what is in it."""
-
-    tags = {"generation"}
-
-    def parse(self, parser):
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
 @pytest.fixture(scope="module")
 def jinja():
-    # As Hugging Face makes it.
-    how = {"trim_blocks": True, "lstrip_blocks": True, "extensions": [Generation]}
-    return jinja2.Environment(**how).from_string(CHAT_TEMPLATE)
+    return jinja_template(CHAT_TEMPLATE)
 
 
 def test_tokens_spell_chatml(template, tokenizer):
