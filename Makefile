@@ -39,7 +39,7 @@ endif
 .venv-peers/stamp: .venv/stamp pyproject.toml
 	$(PY) tools/setup_env.py --peers
 
-demo: .venv/stamp ## raw text to a trained model: tokenizer, data, 8 ranks as TP2 x PP2 x DP2
+demo: .venv/stamp ## raw text to a model that answers, 8 ranks as TP2 x PP2 x DP2 on the way
 	examples/demo.sh $(ARGS)
 
 test: .venv/stamp ## all tests that need no GPU and no other system; lists why any is skipped

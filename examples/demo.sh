@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# From raw text to a trained model on this machine: the steps of `make demo`, each of which can be
-# run by hand.
+# From raw text to a model that answers on this machine: the steps of `make demo`, each of which can
+# be run by hand.
 #
-# Everything is written to runs/demo. A step is skipped when its output is there and newer than its
-# input, and training goes on from the last checkpoint; `rm -r runs/demo` starts anew. Flags given
-# to this script go to `megalite pretrain`.
+# Everything is written to runs/demo and runs/demo-chat. A step is skipped when its output is there
+# and newer than its input, and training goes on from the last checkpoint; `rm -r runs/demo
+# runs/demo-chat` starts anew. Flags given to this script go to `megalite pretrain`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -48,10 +48,20 @@ for part in train valid; do
         --input $demo/corpus/$part.jsonl --tokenizer $demo/tokenizer.json --out $demo/data/$part
 done
 
-if ls -d $demo/checkpoints/step-* >/dev/null 2>&1; then layout+=(--resume); fi
+# train RUN RANKS VERB FLAG...: prints and runs a verb that trains, going on if it has begun.
+train() {
+    local run=$1 ranks=$2
+    shift 2
+    if ls -d $run/checkpoints/step-* >/dev/null 2>&1; then set -- "$@" --resume; fi
+    echo "+ examples/launch.sh $ranks $*"
+    examples/launch.sh "$ranks" "$@"
+}
+
 # bash 3.2 (macOS) takes an empty array for an unset one, hence the odd expansion.
-command=(examples/launch.sh $ranks pretrain --recipe demo ${layout[@]+"${layout[@]}"} ${1+"$@"})
-echo "+ ${command[*]}"
-"${command[@]}"
+train $demo $ranks pretrain --recipe demo ${layout[@]+"${layout[@]}"} ${1+"$@"}
 echo "+ $python tools/sample_report.py $demo"
-exec "$python" tools/sample_report.py $demo
+"$python" tools/sample_report.py $demo
+
+step $demo/conversations/conversations.json "" conversations --out $demo/conversations --functions 200
+# Two ranks for a small model on short conversations: a checkpoint loads into any other layout.
+train $demo-chat $((ranks > 1 ? 2 : 1)) sft --recipe chat

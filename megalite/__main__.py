@@ -40,6 +40,11 @@ VERBS: dict[str, Verb] = {
         schema="megalite.data.corpus:CorpusArgs",
         function="megalite.data.corpus:build_corpus",
     ),
+    "conversations": Verb(
+        about="make the default questions and answers to fine-tune on",
+        schema="megalite.data.questions:ConversationsArgs",
+        function="megalite.data.questions:build_conversations",
+    ),
     "tokenizer train": Verb(
         about="learn a byte-level BPE vocabulary from text",
         schema="megalite.data.bpe:TokenizerTrainArgs",
@@ -57,6 +62,11 @@ VERBS: dict[str, Verb] = {
     ),
     "pretrain": Verb(
         about="train a model, under torchrun where the layout has more than one rank",
+        schema="megalite.core.config:Config",
+        function="megalite.train.pretrain:pretrain",
+    ),
+    "sft": Verb(
+        about="fine-tune a trained model on conversations, under torchrun like pretrain",
         schema="megalite.core.config:Config",
         function="megalite.train.pretrain:pretrain",
     ),
@@ -128,8 +138,8 @@ def _run(argv: list[str], environment: Mapping[str, str]) -> int:
         print(f"megalite {megalite.__version__}")
         return 0
     name, rest = _split(argv)
-    if name == "pretrain":
-        return _pretrain(rest, environment)
+    if VERBS[name].function == VERBS["pretrain"].function:
+        return _train(name, rest, environment)
     from megalite.core.cli import parse
     from megalite.models.presets import PRESETS
     from megalite.train.recipes import RECIPES
@@ -137,7 +147,7 @@ def _run(argv: list[str], environment: Mapping[str, str]) -> int:
     verb = VERBS[name]
     schema = _load(verb.schema)
     args = parse(rest, schema, models=PRESETS, recipes=RECIPES, prog=f"megalite {name}")
-    if name == "corpus" and not args.stdlib:
+    if name in ("corpus", "conversations") and not args.stdlib:
         args = dataclasses.replace(args, stdlib=sysconfig.get_path("stdlib"))
     if (size := environment.get("WORLD_SIZE", "1")) != "1":
         raise UserError(f"{name}: is one process, but WORLD_SIZE={size} (run it without torchrun)")
@@ -145,7 +155,8 @@ def _run(argv: list[str], environment: Mapping[str, str]) -> int:
     return code if name == "verify" else 0
 
 
-def _pretrain(argv: list[str], environment: Mapping[str, str]) -> int:
+def _train(name: str, argv: list[str], environment: Mapping[str, str]) -> int:
+    """A verb that trains: on text, or on conversations."""
     from megalite.core.check import check_paths
     from megalite.core.cli import parse
     from megalite.core.config import Config
@@ -153,7 +164,11 @@ def _pretrain(argv: list[str], environment: Mapping[str, str]) -> int:
     from megalite.models.presets import PRESETS
     from megalite.train.recipes import RECIPES
 
-    config = parse(argv, Config, models=PRESETS, recipes=RECIPES, prog="megalite pretrain")
+    config = parse(argv, Config, models=PRESETS, recipes=RECIPES, prog=f"megalite {name}")
+    if config.data.talks != (name == "sft"):
+        other = "sft" if config.data.talks else "pretrain"
+        fix = "name a .jsonl file of conversations, or" if name == "sft" else "preprocess it, or"
+        raise UserError(f"--data {config.data.data}: not for {name} ({fix} use megalite {other})")
     world = World.from_environment(environment)
     layout = config.layout
     needed = layout.tp * layout.pp * layout.cp * (layout.dp or 1)
@@ -167,15 +182,15 @@ def _pretrain(argv: list[str], environment: Mapping[str, str]) -> int:
             _load("megalite.plan.dry_run:dry_run")(config, size)
         return 0
     if needed > 1 and not world.launched:
-        _say_how_to_launch(needed, argv)
+        _say_how_to_launch(needed, [name, *argv])
         return UserError.exit_code
     explain = _load("megalite.plan.out_of_memory:explain")
-    _load(VERBS["pretrain"].function)(config, world, explain)
+    _load(VERBS[name].function)(config, world, explain)
     return 0
 
 
 def _say_how_to_launch(ranks: int, argv: Sequence[str]) -> None:
-    command = shlex.join(["pretrain", *argv])
+    command = shlex.join(argv)
     _complain(
         f"megalite: error: the layout needs {ranks} ranks, and this is one process; run one of"
     )

@@ -16,10 +16,11 @@ import sys
 import tokenize
 from pathlib import Path
 
+from megalite.core.config import run_directory
 from megalite.core.errors import UserError
 from megalite.data.indexed import IndexedDataset
 from megalite.data.tokenizer import Tokenizer
-from megalite.generate.command import load_model, load_tokenizer, run_directory, untrained_model
+from megalite.generate.command import load_model, load_tokenizer, untrained_model
 from megalite.generate.engine import generate, logits_of
 from megalite.generate.sample import Sampling
 from megalite.models.gpt import GPT

@@ -164,14 +164,13 @@ def make_call(
     """A training call over this context rank's part of whole sequences [length, b].
 
     Labels are those of the whole sequence, shifted already; `starts` are those of Call. A length
-    that the context cut does not divide is padded at its end with tokens that no other looks at,
-    and labels that do not count.
+    that the cuts do not divide is padded at its end with tokens that no other looks at, and labels
+    that do not count.
     """
     cut = seq_cut if seq_cut is not None and seq_cut.size > 1 else None
     context = context if context is not None and context.axis.size > 1 else None
-    if context is not None:
-        length = tokens.shape[0]
-        missing = -length % context.multiple(cut.size if cut else 1)
+    rows, length = cut.size if cut else 1, tokens.shape[0]
+    if missing := -length % (context.multiple(rows) if context else rows):
         tokens = pad(tokens, (0, 0, 0, missing))
         starts = starts if starts is None else pad(starts, (0, 0, 0, missing), value=length)
         labels = labels if labels is None else pad(labels, (0, 0, 0, missing), value=IGNORE)
@@ -179,5 +178,4 @@ def make_call(
     if context is not None:
         tokens, positions = context.take(tokens), context.take(positions)
         labels = labels if labels is None else context.take(labels)
-    assert cut is None or tokens.shape[0] % cut.size == 0, (tuple(tokens.shape), cut)
     return Call(tokens, labels, positions, samples, cut, context, starts)

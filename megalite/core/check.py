@@ -386,6 +386,14 @@ def check_train(config: Config) -> None:
             "--valid-data synthetic: has no end, and is what --data synthetic trains on (use a "
             "prefix of megalite preprocess)"
         )
+    data = config.data
+    if data.valid_data and data.is_conversations(data.data) != data.is_conversations(
+        data.valid_data
+    ):
+        raise UserError(
+            f"--valid-data {data.valid_data}: is not of the kind of --data {data.data} (two .jsonl "
+            "files of conversations, or two prefixes of megalite preprocess)"
+        )
     _check_ramp(config)
     if config.model.mup_base_width is not None and optim.optimizer in ("sgd", "muon"):
         raise UserError(
@@ -460,6 +468,10 @@ def check_paths(config: Config) -> None:
         raise UserError(f"--out {out}: cannot write in {parent}")
     for name, prefix in (("data", data.data), ("valid_data", data.valid_data)):
         if prefix in ("", "synthetic"):
+            continue
+        if data.is_conversations(prefix):
+            if not Path(prefix).is_file():
+                raise DataError(f"{flag(name)} {prefix}: no such file")
             continue
         for end in (".bin", ".idx"):
             if not Path(prefix + end).is_file():

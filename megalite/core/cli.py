@@ -27,7 +27,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 import tyro
 
 from megalite.core.check import check_fields, check_value, flag, kinds_of, unknown
-from megalite.core.config import Config, PathText
+from megalite.core.config import FILE_NAME, Config, PathText, run_directory
 from megalite.core.errors import UserError
 
 T = TypeVar("T")
@@ -76,8 +76,9 @@ def parse(
 ) -> T:
     """The record that these arguments describe.
 
-    A Config also takes --config, --recipe and --model; later wins: recipe or config file, then
-    model, then flags. Raises UserError with one line; --help prints and raises SystemExit(0).
+    A Config also takes --config, --recipe and --model; later wins: recipe or config file (where
+    there is neither, the model of the run that --init-from names), then model, then flags. Raises
+    UserError with one line; --help prints and raises SystemExit(0).
     """
     full: Any = schema
     if issubclass(schema, Config):
@@ -297,26 +298,30 @@ def _start_from(schema: Any, typed: Mapping[str, Any], *, models: Tables, recipe
     if "recipe" in typed:
         base = recipes[typed["recipe"]]()
     if "config" in typed:
-        base = _read_config(schema, Path(typed["config"]))
+        base = _read_config(schema, "config", Path(typed["config"]))
+    elif "init_from" in typed and "recipe" not in typed:
+        run = run_directory(Path(typed["init_from"]))
+        if (run / FILE_NAME).is_file():
+            base = dataclasses.replace(base, model=_read_config(schema, "init_from", run).model)
     if "model" in typed:
         base = dataclasses.replace(base, model=type(base.model)(**models[typed["model"]]))
     return base
 
 
-def _read_config(schema: Any, path: Path) -> Any:
+def _read_config(schema: Any, name: str, path: Path) -> Any:
     if path.is_dir():
-        path = path / "config.json"
+        path = path / FILE_NAME
     try:
         made = schema.from_dict(json.loads(path.read_text(encoding="utf-8")))
         for group in _groups(made).values():
             check_fields(group)
         return made
     except UserError as error:
-        raise UserError(f"--config {path}: {error}") from None
+        raise UserError(f"{flag(name)} {path}: {error}") from None
     except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror or error}") from None
+        raise UserError(f"{flag(name)} {path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested to break us
-        raise UserError(f"--config {path}: not JSON ({error})") from None
+        raise UserError(f"{flag(name)} {path}: not JSON ({error})") from None
 
 
 # -- tyro --------------------------------------------------------------------------------------

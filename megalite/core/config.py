@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from megalite.core.check import check_fields, check_layout, check_model, check_train
@@ -18,8 +19,16 @@ from megalite.core.errors import UserError
 FILES = "files"
 """Beside the groups in config.json: path and sha256 of a user's own files. Nothing is set by it."""
 
+FILE_NAME = "config.json"
+"""Of a run's Config, in its directory."""
+
 PathText = Annotated[str, "path"]
 """A path kept as text, as config.json has it; the command line expands its `~`."""
+
+
+def run_directory(path: Path) -> Path:
+    """The run that a PATH belongs to: itself, or the run of that step directory."""
+    return path.parent.parent if path.name.startswith("step-") else path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,15 +162,35 @@ class DataConfig:
     """What is trained on."""
 
     data: PathText = "synthetic"
-    """Prefix of a .bin/.idx pair of megalite preprocess, or synthetic: a seeded Markov chain."""
+    """Prefix of a .bin/.idx pair of megalite preprocess, or synthetic: a seeded Markov chain. For
+    megalite sft a .jsonl file of conversations."""
     valid_data: PathText = ""
-    """Prefix of the held-out pair (empty: no held-out loss)."""
+    """The same of what is held out (empty: no held-out loss)."""
     tokenizer: PathText = ""
-    """tokenizer.json to decode samples and count bytes with (empty: the one beside the data)."""
+    """tokenizer.json to decode samples and count bytes with (empty: the one beside the data, or of
+    --init-from)."""
+    pack: bool = True
+    """Several conversations in a sample, which do not see each other; otherwise one each, padded to
+    the longest of its microbatch."""
     reset_attention_mask: bool = False
     """Documents in one sample do not see each other, and positions restart at each. The data's
     index says where documents start; a document's last token still predicts the next one's first.
     """
+
+    @staticmethod
+    def is_conversations(path: str) -> bool:
+        """Whether a path is a file of conversations, and not the prefix of a dataset."""
+        return path.endswith((".jsonl", ".jsonl.gz"))
+
+    @property
+    def talks(self) -> bool:
+        """Whether it is conversations."""
+        return self.is_conversations(self.data)
+
+    @property
+    def keeps_documents_apart(self) -> bool:
+        """Whether samples hold documents that do not see each other."""
+        return self.reset_attention_mask or (self.pack and self.talks)
 
 
 @dataclass(frozen=True, kw_only=True)

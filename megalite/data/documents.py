@@ -11,7 +11,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 from megalite.core.errors import DataError
 from megalite.data.strict_json import kind_of, parse_json, quote
@@ -92,9 +92,33 @@ def _open(path: Path) -> IO[bytes]:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
 
 
+def read_objects(files: Sequence[Path]) -> Iterator[tuple[str, Any]]:
+    """The JSON values of .jsonl and .jsonl.gz `files`, a line each, and where it stands.
+
+    Raises DataError on the first line that is not JSON.
+    """
+    for path in files:
+        with _open(path) as raw:
+            _check_compression(path, raw)
+            for number, entry in _json_lines(path, raw, "strict", MAX_DOCUMENT_BYTES):
+                yield f"{path}:{number}", entry
+
+
 def _read_file(
     path: Path, raw: IO[bytes], json_key: str, errors: Errors, max_bytes: int
 ) -> Iterator[str]:
+    _check_compression(path, raw)
+    if path.suffix == ".txt":
+        data = raw.read(max_bytes + 1).removeprefix(BOM)
+        _check_size(str(path), len(data), max_bytes)
+        yield _decode_plain(path, data, errors)
+        return
+    for number, entry in _json_lines(path, raw, errors, max_bytes):
+        yield _text_of(f"{path}:{number}", entry, json_key, errors)
+
+
+def _check_compression(path: Path, raw: IO[bytes]) -> None:
+    """Raise DataError if the file's name does not say how it is compressed."""
     zipped = path.name.endswith(".gz")
     start = raw.read(4)
     raw.seek(0)
@@ -105,11 +129,13 @@ def _read_file(
             raise DataError(f"{path}: is {kind} data ({fix})")
     if zipped and start and not start.startswith(b"\x1f\x8b"):
         raise DataError(f"{path}: is not gzip data (name it .jsonl if it is plain text)")
-    if path.suffix == ".txt":
-        data = raw.read(max_bytes + 1).removeprefix(BOM)
-        _check_size(str(path), len(data), max_bytes)
-        yield _decode_plain(path, data, errors)
-        return
+
+
+def _json_lines(
+    path: Path, raw: IO[bytes], errors: Errors, max_bytes: int
+) -> Iterator[tuple[int, Any]]:
+    """The number and the JSON value of each line that is not empty."""
+    zipped = path.name.endswith(".gz")
     stream: IO[bytes] = gzip.GzipFile(fileobj=raw) if zipped else raw  # type: ignore[assignment]
     for number, line in enumerate(_read_lines(path, stream, max_bytes), start=1):
         where = f"{path}:{number}"
@@ -117,7 +143,7 @@ def _read_file(
         if number == 1:
             line = line.removeprefix(BOM)
         if line.strip():
-            yield _parse_line(path, number, _decode(where, line, errors), json_key, errors)
+            yield number, parse_json(_decode(where, line, errors), str(path), number)
 
 
 def _read_lines(path: Path, stream: IO[bytes], max_bytes: int) -> Iterator[bytes]:
@@ -157,9 +183,8 @@ def _decode_plain(path: Path, data: bytes, errors: Errors) -> str:
         return _decode(where, data[begin:].split(NEWLINE, 1)[0], errors)
 
 
-def _parse_line(path: Path, number: int, line: str, json_key: str, errors: Errors) -> str:
-    where = f"{path}:{number}"
-    entry = parse_json(line, str(path), number)
+def _text_of(where: str, entry: Any, json_key: str, errors: Errors) -> str:
+    """The text of one line's object."""
     if not isinstance(entry, dict):
         rule = f'expected an object with field "{json_key}"'
         raise DataError(f"{where}: the line is {kind_of(entry)}, {rule}")

@@ -30,6 +30,9 @@ ROUNDS = 6
 class TokenSource(Protocol):
     """Something that gives training windows by number."""
 
+    lengths: np.ndarray | None = None
+    """Inputs of each window, at most seq_len; None where all have seq_len."""
+
     def __len__(self) -> int: ...
 
     def window(self, idx: int) -> np.ndarray:
@@ -43,9 +46,13 @@ class TokenSource(Protocol):
         """
         ...
 
+    def learned(self, idx: int) -> np.ndarray | None:
+        """Which of window `idx`'s s labels count, as booleans [s]; None for all of them."""
+        return None
+
 
 @dataclass(frozen=True)
-class Windows:
+class Windows(TokenSource):
     """Windows of s + 1 tokens over one flat stream, each starting at the last one's last label."""
 
     tokens: np.ndarray
@@ -75,7 +82,7 @@ def _last_begun(begins: np.ndarray) -> np.ndarray:
     return np.maximum.accumulate(np.where(begins, np.arange(len(begins)), 0))
 
 
-class Synthetic:
+class Synthetic(TokenSource):
     """An endless seeded Markov chain with a few likely successors per state: speed without files.
 
     256 states scattered over the vocabulary; its entropy rate is about 0.8 nats. A document starts
@@ -140,13 +147,17 @@ class Loader:
     def step(self, consumed: int, num_microbatches: int | None = None) -> list[Call]:
         """This rank's microbatches of the step that starts after `consumed` samples.
 
-        Samples are dealt out microbatch by microbatch, and within one rank by rank.
-        `num_microbatches`: of this step (None: as of every other).
+        Samples are dealt out microbatch by microbatch, and within one rank by rank; the longest
+        first where lengths differ, so that a microbatch is padded little. Which samples a step has
+        does not depend on that. `num_microbatches`: of this step (None: as of every other).
         """
-        size, dp = self.micro_batch_size, self.mesh.axis("dp")
+        size, dp, lengths = self.micro_batch_size, self.mesh.axis("dp"), self.source.lengths
         count = self.num_microbatches if num_microbatches is None else num_microbatches
-        starts = [consumed + (m * dp.size + dp.idx) * size for m in range(count)]
-        return [self._call(range(start, start + size)) for start in starts]
+        numbers: Sequence[int] = range(consumed, consumed + count * dp.size * size)
+        if lengths is not None:
+            numbers = sorted(numbers, key=lambda k: -lengths[self._window_of(k)])
+        starts = [(m * dp.size + dp.idx) * size for m in range(count)]
+        return [self._call(numbers[start : start + size]) for start in starts]
 
     def ordered(self, first: int, count: int) -> list[Call]:
         """Microbatches over windows [first, first + count) as they stand, for evaluation.
@@ -158,37 +169,53 @@ class Loader:
         stop = min(first + count, len(self.source))
         return [self._plain_call(start, size, stop) for start in starts]
 
-    def _call(self, numbers: range) -> Call:
+    def _window_of(self, number: int) -> int:
+        """The window that is sample `number` of the run."""
         n = len(self.source)
-        windows = [permuted(k % n, n, rng.key(self.seed, "epoch", k // n)) for k in numbers]
-        return self._make(windows, numbers)
+        return permuted(number % n, n, rng.key(self.seed, "epoch", number // n))
+
+    def _call(self, numbers: Sequence[int]) -> Call:
+        return self._make([self._window_of(k) for k in numbers], numbers)
 
     def _plain_call(self, start: int, size: int, stop: int) -> Call:
         numbers = range(start, start + size)
         return self._make([k if k < stop else None for k in numbers], numbers)
 
-    def _make(self, windows: Sequence[int | None], numbers: range) -> Call:
+    def _make(self, windows: Sequence[int | None], numbers: Sequence[int]) -> Call:
         """The call of these windows; None is a sample that does not count."""
-        both = self._columns([self._window(k) for k in windows])  # [s + 1, b]
+        rows = [self._sample(k) for k in windows]
+        longest = max(len(inputs) for inputs, _, _ in rows)
         starts = None
         if self.reset_attention_mask:
-            one = np.zeros(len(both) - 1)
-            starts = self._columns([one if k is None else self.source.starts(k) for k in windows])
-        samples = self._to_device(torch.tensor(numbers, dtype=torch.int64))
+            starts = self._columns([own for _, _, own in rows], longest, 0)
         return make_call(
-            both[:-1].clamp(min=0),
-            both[1:].contiguous(),
-            samples,
+            self._columns([inputs for inputs, _, _ in rows], longest, 0),
+            self._columns([labels for _, labels, _ in rows], longest, IGNORE),
+            self._to_device(torch.tensor(numbers, dtype=torch.int64)),
             seq_cut=self.seq_cut,
             context=self.context,
             starts=starts,
         )
 
-    def _window(self, k: int | None) -> np.ndarray:
-        return np.full(len(self.source.window(0)), IGNORE) if k is None else self.source.window(k)
+    def _sample(self, k: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Inputs, labels and where documents start, each [s], of window `k`."""
+        window = self.source.window(0 if k is None else k)
+        inputs, labels = window[:-1], window[1:].astype(np.int64)
+        learned = None if k is None else self.source.learned(k)
+        if k is None:
+            labels[:] = IGNORE
+        elif learned is not None:
+            labels[~learned] = IGNORE
+        if k is None or not self.reset_attention_mask:
+            return inputs, labels, np.zeros(len(inputs))
+        return inputs, labels, self.source.starts(k)
 
-    def _columns(self, rows: Sequence[np.ndarray]) -> torch.Tensor:
-        return self._to_device(torch.from_numpy(np.stack(rows).astype(np.int64).T.copy()))
+    def _columns(self, rows: Sequence[np.ndarray], length: int, end: int) -> torch.Tensor:
+        """[length, b], rows that are shorter filled up with `end`."""
+        made = np.full((length, len(rows)), end, dtype=np.int64)
+        for column, row in enumerate(rows):
+            made[: len(row), column] = row
+        return self._to_device(torch.from_numpy(made))
 
     def _to_device(self, x: torch.Tensor) -> torch.Tensor:
         """A GPU takes what is pinned while the host goes on."""

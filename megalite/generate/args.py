@@ -17,6 +17,8 @@ class GenerateArgs:
     """Run directory (its newest valid checkpoint) or one of its checkpoints/step-*."""
     prompt: tyro.conf.Positional[str]
     """Text to go on from."""
+    chat: bool = False
+    """The prompt is a question: print what a fine-tuned model answers."""
     max_tokens: int = 128
     """New tokens at most."""
     temperature: float = 0.8

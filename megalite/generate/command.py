@@ -6,10 +6,11 @@ from pathlib import Path
 
 from megalite.checkpoint.load import Reader, load_weights
 from megalite.checkpoint.manifest import Manifest, newest
-from megalite.core.config import Config
+from megalite.core.config import Config, run_directory
 from megalite.core.errors import CheckpointError, UserError
 from megalite.core.mesh import Mesh
 from megalite.core.params import initialize, named_parameters
+from megalite.data.chat import Message, Template
 from megalite.data.tokenizer import Tokenizer
 from megalite.generate.args import GenerateArgs
 from megalite.generate.engine import generate as run_generation
@@ -17,11 +18,6 @@ from megalite.generate.engine import logits_of
 from megalite.generate.sample import Sampling
 from megalite.models.build import build_stages
 from megalite.models.gpt import GPT
-
-
-def run_directory(path: Path) -> Path:
-    """The run that a PATH belongs to: itself, or the run of that step directory."""
-    return path.parent.parent if path.name.startswith("step-") else path
 
 
 def load_model(path: Path) -> tuple[GPT, Config, Manifest]:
@@ -67,16 +63,19 @@ def generate(args: GenerateArgs) -> None:
     tokenizer = load_tokenizer(run_directory(path))
     if args.top_k > config.model.vocab_size:
         raise UserError(f"--top-k {args.top_k}: the model knows {config.model.vocab_size} tokens")
-    ids = list(tokenizer.encode(args.prompt))
+    ids, stop = tokenizer.encode(args.prompt), tokenizer.eod
+    if args.chat:
+        template = Template(tokenizer)
+        ids, stop = template.prompt([Message("user", args.prompt)]), template.end
     made = run_generation(
         logits_of(model),
         [ids] * args.num_samples,
         how,
         max_tokens=args.max_tokens,
         seq_len=config.model.seq_len,
-        stop=tokenizer.eod,
+        stop=stop,
     )
     for number, tokens in enumerate(made):
         if args.num_samples > 1:
             print(f"--- {number + 1} of {args.num_samples}")
-        print(tokenizer.decode(ids + tokens))
+        print(tokenizer.decode(tokens if args.chat else ids + tokens))

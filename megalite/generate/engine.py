@@ -55,16 +55,25 @@ def generate(
     stop: int | None = None,
     device: torch.device | None = None,
     first_request: int = 0,
+    any_running: Callable[[bool], bool] = bool,
 ) -> list[list[int]]:
     """New tokens of each prompt, without the prompt; ends at token `stop`, which is left out.
 
-    Raises UserError for an empty prompt.
+    Where ranks have prompts of their own and a model that all of them must run together,
+    `any_running` says, of whether this one has something left, whether any has. Raises UserError
+    for an empty prompt.
     """
     if any(len(p) == 0 for p in prompts):
         raise UserError("the prompt is empty (give at least one token)")
     texts = [list(p) for p in prompts]
     running = list(range(len(texts)))
     for _ in range(max_tokens):
+        if not any_running(bool(running)):
+            break
+        if not running:
+            nothing = torch.zeros((1, 1), dtype=torch.int64, device=device)
+            next_logits(nothing, nothing[0])
+            continue
         windows = [texts[i][-seq_len:] for i in running]
         longest = max(map(len, windows))
         rows = [w + [0] * (longest - len(w)) for w in windows]
@@ -76,7 +85,5 @@ def generate(
         for i, token in zip(running, new, strict=True):
             texts[i].append(token)
         running = [i for i in running if stop is None or texts[i][-1] != stop]
-        if not running:
-            break
     made = [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
     return [m[:-1] if stop is not None and m and m[-1] == stop else m for m in made]

@@ -217,7 +217,7 @@ def build_loader(engine: Engine, source: TokenSource) -> Loader:
         device=engine.device,
         sequence_parallel=config.layout.sequence_parallel,
         cp_form=config.layout.cp_form,
-        reset_attention_mask=config.data.reset_attention_mask,
+        reset_attention_mask=config.data.keeps_documents_apart,
     )
 
 

@@ -4,6 +4,7 @@ the end.
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import time
@@ -85,8 +86,9 @@ def header(
         f"{train.train_steps} steps",
     ]
     plural = "s" if threads > 1 else ""
+    verb = "sft" if config.data.talks else "pretrain"
     lines = [
-        f"megalite pretrain | torch {torch.__version__} {backend} | {world_size} ranks, {threads} "
+        f"megalite {verb} | torch {torch.__version__} {backend} | {world_size} ranks, {threads} "
         f"thread{plural} each | out {train.out}",
         f"  layout {' x '.join(axes)} ({world_size} ranks)",
     ]
@@ -156,6 +158,15 @@ def held_out(loss: float, bits: float | None, gzip_bits: float | None) -> str:
     if gzip_bits is not None:
         text += f" (gzip -9 of the same text: {gzip_bits:.2f})"
     return text
+
+
+def answered(question: str, answer: str) -> list[str]:
+    """A held-out question and what the model says to it, a line each."""
+    lines = []
+    for sign, text in (("?", question), ("=", answer)):
+        line = f"    {sign} {json.dumps(text.strip(), ensure_ascii=False)[1:-1]}"
+        lines.append(line if len(line) <= WIDTH else line[: WIDTH - 3] + "...")
+    return lines
 
 
 def command(program: str, *words: str) -> str:

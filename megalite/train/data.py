@@ -5,24 +5,33 @@ from __future__ import annotations
 from pathlib import Path
 
 from megalite.core import comm
-from megalite.core.config import Config
+from megalite.core.config import Config, run_directory
 from megalite.core.errors import DataError, UserError
 from megalite.core.mesh import Mesh
+from megalite.data.chat import Template, read_conversations
 from megalite.data.indexed import IndexedDataset
 from megalite.data.loader import Synthetic, TokenSource, Windows
+from megalite.data.packing import Conversations
 from megalite.data.strict_json import parse_json
 from megalite.data.tokenizer import Tokenizer
 from megalite.train.console import count
 
 
 def find_tokenizer(config: Config) -> Tokenizer | None:
-    """The tokenizer that is named, or the copy beside the data; None where there is neither."""
-    data = config.data
-    beside = Path(f"{data.data}.tokenizer.json")
-    path = Path(data.tokenizer) if data.tokenizer else beside
-    if not data.tokenizer and not beside.exists():
+    """The tokenizer that is named, or the copy beside the data or in the run that is begun from;
+    None where there is none.
+    """
+    data, places = config.data, []
+    if data.tokenizer:
+        places = [Path(data.tokenizer)]
+    else:
+        places = [Path(f"{data.data}.tokenizer.json")]
+        if config.train.init_from:
+            places.append(run_directory(Path(config.train.init_from)) / "tokenizer.json")
+        places = [place for place in places if place.exists()]
+    if not places:
         return None
-    tokenizer = Tokenizer.load(path)
+    path, tokenizer = places[0], Tokenizer.load(places[0])
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"{path}: {tokenizer.vocab_size} ids, --vocab-size is {config.model.vocab_size} "
@@ -31,9 +40,13 @@ def find_tokenizer(config: Config) -> Tokenizer | None:
     return tokenizer
 
 
-def open_data(config: Config, prefix: str, mesh: Mesh) -> tuple[TokenSource, str]:
+def open_data(
+    config: Config, prefix: str, mesh: Mesh, tokenizer: Tokenizer | None
+) -> tuple[TokenSource, str]:
     """The windows of a dataset, and a few words on it. All ranks call it together."""
     model = config.model
+    if config.data.is_conversations(prefix):
+        return _open_conversations(config, prefix, tokenizer)
     if prefix == "synthetic":
         source = Synthetic(model.vocab_size, model.seq_len, config.train.seed)
         return source, "synthetic Markov chain"
@@ -49,6 +62,24 @@ def open_data(config: Config, prefix: str, mesh: Mesh) -> tuple[TokenSource, str
     apart = " kept apart" if config.data.reset_attention_mask else ""
     size = f"{count(len(dataset.tokens))} tokens, {dataset.num_documents} documents"
     return windows, f"{prefix}, {size}{apart}"
+
+
+def _open_conversations(
+    config: Config, path: str, tokenizer: Tokenizer | None
+) -> tuple[TokenSource, str]:
+    if tokenizer is None:
+        raise UserError(f"--data {path}: conversations need a tokenizer (name it by --tokenizer)")
+    template, said = Template(tokenizer), read_conversations(path)
+    made = Conversations(
+        [template.render(conversation) for conversation in said],
+        config.model.seq_len,
+        pack=config.data.pack,
+    )
+    words = [f"{count(len(said))} conversations in {count(len(made))} samples"]
+    words.append(f"{100 * made.learned_share:.0f}% of tokens learned")
+    if made.cut:
+        words.append(f"{made.cut} longer than --seq-len, {made.dropped} of them without an answer")
+    return made, f"{path}, {', '.join(words)}"
 
 
 def _check_ids(dataset: IndexedDataset, vocab_size: int, mesh: Mesh) -> None:

@@ -18,6 +18,7 @@ TAGS = {
     "loss_scale": "train/loss_scale",
     "val_loss": "val/loss",
     "val_bits_per_byte": "val/bpb",
+    "val_exact_match": "val/exact_match",
     "tokens_per_s": "perf/tokens_per_s",
     "tflops_per_rank": "perf/tflops_per_rank",
     "tflops_per_rank_full": "perf/tflops_per_rank_full",

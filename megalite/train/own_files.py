@@ -27,9 +27,10 @@ def attention_of(config: Config) -> Callable[..., nn.Module]:
     """The attention class of a run. Raises UserError if it is not there, or not for this run."""
     spec = config.model.attention
     made = load_attention(spec)
-    if config.data.reset_attention_mask and not getattr(made, "keeps_documents_apart", False):
+    if config.data.keeps_documents_apart and not getattr(made, "keeps_documents_apart", False):
+        asked = "--reset-attention-mask" if config.data.reset_attention_mask else "--pack"
         raise UserError(
-            f"--reset-attention-mask: --attention {spec} does not say that it minds documents "
+            f"{asked}: --attention {spec} does not say that it minds documents "
             "(mask by call.starts, then set keeps_documents_apart = True in the class)"
         )
     return made

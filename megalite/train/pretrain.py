@@ -24,6 +24,7 @@ from megalite.core import mesh as mesh_module
 from megalite.core.config import FILES, Config
 from megalite.core.errors import CheckpointError, RunError, UserError
 from megalite.core.world import World
+from megalite.data.chat import CHAT_TEMPLATE, Template, read_conversations
 from megalite.optim.lr import learning_rate
 from megalite.schedule.simulate import bubble
 from megalite.train import console, flops
@@ -38,6 +39,7 @@ from megalite.train.build import (
 from megalite.train.data import find_tokenizer, open_data
 from megalite.train.deterministic import be_deterministic
 from megalite.train.evaluate import HeldOut, evaluate, held_out, sample
+from megalite.train.exam import Exam
 from megalite.train.failure import Explain, Stop, Stopped, failures_told, forget_cause
 from megalite.train.loop import Reduced
 from megalite.train.metrics import Metrics, peak_memory_gb
@@ -47,6 +49,7 @@ from megalite.train.steps import Steps
 from megalite.train.trace import Trace
 
 SAMPLE_TOKENS = 40
+SHOWN_ANSWERS = 3
 TRAINING_ALONE = ("dropout", "attention_dropout", "label_smoothing", "z_loss", "init_std")
 """Fields of the model that say nothing of what its weights compute."""
 
@@ -79,13 +82,13 @@ class Run:
         self.stop = Stop()
         self.stop.listen()
         self.tokenizer = find_tokenizer(config)
-        source, description = open_data(config, config.data.data, self.mesh)
+        source, description = open_data(config, config.data.data, self.mesh, self.tokenizer)
         self.description = description
         self._prepare_out()
         self.engine = build_engine(config, self.mesh, device=self.device, dtype=dtype)
         self.peak = flops.peak_of(self.device, dtype)
         self.loader = build_loader(self.engine, source)
-        self.held_out = self._held_out()
+        self.held_out, self.exam = self._held_out()
         check_space(self.out, self.engine.optimizer, self.mesh)
         self.step, self.samples, self.tokens = self._start_point()
         self.evaluated_at: int | None = None
@@ -234,7 +237,9 @@ class Run:
                     val_bits_per_byte=bits,
                     gzip_bits_per_byte=reference,
                 )
-        if self.tokenizer is not None:
+        if self.exam is not None:
+            self._ask(self.exam, last=last)
+        elif self.tokenizer is not None and not self.config.data.talks:
             train = self.config.train
             text = sample(
                 self.engine,
@@ -246,6 +251,18 @@ class Run:
             self._say(f"  sample: {json.dumps(text)[1:-1][: console.WIDTH - 12]}")
             if self.metrics is not None:
                 self.metrics.text(self.step, text)
+
+    def _ask(self, exam: Exam, *, last: bool) -> None:
+        """How many held-out questions are answered word for word, and a few of the answers."""
+        count = len(exam.asked) if last else min(len(exam.asked), self.config.train.eval_samples)
+        right, answers = exam.take(self.engine, count)
+        share = right / max(1, count)
+        self._say(f"  held-out exact match {share:.2f} ({right} of {count})")
+        shown = SHOWN_ANSWERS if last else 1
+        for answered in answers[:: max(1, len(answers) // shown)][:shown]:
+            self._say(*console.answered(answered.question, answered.given))
+        if self.metrics is not None:
+            self.metrics.write(self.step, val_exact_match=share)
 
     def _write_trace(self) -> None:
         """Leave the trace of the steps so far, if any was asked for."""
@@ -326,13 +343,19 @@ class Run:
             os.replace(fresh, self.out / "config.json")
             if self.tokenizer is not None:
                 self.tokenizer.save(self.out / "tokenizer.json")
+            if self.config.data.talks:
+                (self.out / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 
-    def _held_out(self) -> HeldOut | None:
-        prefix = self.config.data.valid_data
+    def _held_out(self) -> tuple[HeldOut | None, Exam | None]:
+        prefix, exam = self.config.data.valid_data, None
         if not prefix:
-            return None
-        source, _ = open_data(self.config, prefix, self.mesh)
-        return held_out(build_loader(self.engine, source), self.tokenizer)
+            return None, None
+        source, _ = open_data(self.config, prefix, self.mesh, self.tokenizer)
+        if self.config.data.talks:
+            assert self.tokenizer is not None
+            said, length = read_conversations(prefix), self.config.model.seq_len
+            exam = Exam(said, Template(self.tokenizer), seq_len=length)
+        return held_out(build_loader(self.engine, source), self.tokenizer), exam
 
     def _say_stopped(self, saved: int) -> None:
         train = self.config.train
@@ -362,11 +385,10 @@ class Run:
         )
         words = ["next  "]
         if self.tokenizer is not None:
-            words.append(
-                console.command(
-                    "megalite", "generate", str(self.out), f'"{train.sample_prompt}read"'
-                )
-            )
+            asked = [f'"{train.sample_prompt}read"']
+            if self.config.data.talks:
+                asked = ['"Who are you?"', "--chat", "--temperature", "0"]
+            words.append(console.command("megalite", "generate", str(self.out), *asked))
             words.append("|")
         self._say(" ".join([*words, console.command("tensorboard", "--logdir", f"{self.out}/tb")]))
 

@@ -6,6 +6,7 @@ No torch here, so that `megalite pretrain --help` stays quick. Flags beside a re
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from megalite.core.config import (
     Config,
@@ -47,5 +48,29 @@ def demo() -> Config:
     )
 
 
-RECIPES: dict[str, Callable[[], Config]] = {"demo": demo}
+def chat() -> Config:
+    """The demo's model, fine-tuned on the default questions until it answers them; 2 processes."""
+    begun = demo()
+    return replace(
+        begun,
+        layout=LayoutConfig(dp=2, zero=1),
+        data=DataConfig(
+            data="runs/demo/conversations/train.jsonl",
+            valid_data="runs/demo/conversations/valid.jsonl",
+        ),
+        optim=OptimConfig(lr=2e-3, warmup_steps=20, lr_decay="linear", min_lr_ratio=0.02),
+        train=TrainConfig(
+            out="runs/demo-chat",
+            init_from="runs/demo",
+            micro_batch_size=4,
+            global_batch_size=16,
+            train_steps=400,
+            log_interval=20,
+            eval_interval=100,
+            save_interval=200,
+        ),
+    )
+
+
+RECIPES: dict[str, Callable[[], Config]] = {"demo": demo, "chat": chat}
 """Recipe by name, called without arguments."""

@@ -24,14 +24,21 @@ from torch import Tensor, nn
 from megalite.checkpoint.load import Reader, load_optimizer, newest_for_all
 from megalite.checkpoint.manifest import Manifest
 from megalite.checkpoint.save import save
-from megalite.core.call import IGNORE, Call, Context, make_call
+from megalite.core.call import Call
 from megalite.core.config import Config
 from megalite.core.mesh import Mesh
 from megalite.core.params import named_parameters, traits_of
 from megalite.core.shard import Box, in_words, slices
 from megalite.data.loader import Synthetic
 from megalite.train.as_ranks import AttentionAsRanks, rounding_of
-from megalite.train.build import DTYPES, Engine, build_engine, mesh_factors, mesh_sizes
+from megalite.train.build import (
+    DTYPES,
+    Engine,
+    build_engine,
+    build_loader,
+    mesh_factors,
+    mesh_sizes,
+)
 from megalite.train.exact import exact_sums
 from megalite.train.loop import Reduced, forward_backward, update
 from megalite.train.steps import Steps
@@ -154,49 +161,45 @@ def engine_of(
     return build_engine(config, mesh, device=here, dtype=DTYPES[precision], **kwargs)
 
 
-def calls_of(engine: Engine, step: int, varying: bool, blank: Sequence[int] = ()) -> list[Call]:
-    """This rank's microbatches: masked labels, and lengths that differ by sample if `varying`.
+class Checked(Synthetic):
+    """Synthetic windows with masked labels, whose lengths differ if `varying`.
 
-    Tokens, documents, masks and lengths follow from the number of the sample alone; a microbatch is
-    as long as its longest sample, whatever lies beyond the end of another. No label at a position
+    Tokens, documents, masks and lengths follow from a window's number alone. No label at a position
     in `blank` takes part.
     """
-    config, mesh = engine.config, engine.mesh
-    size, s = config.train.micro_batch_size, config.model.seq_len
-    dp = mesh.axis("dp")
-    source = Synthetic(config.model.vocab_size, s, seed=5)
-    cut = mesh.axis("tp") if config.layout.sequence_parallel else None
-    context = Context(mesh.axis("cp"), config.layout.cp_form)
-    calls = []
+
+    WINDOWS = 1 << 10
+
+    def __init__(self, config: Config, varying: bool, blank: Sequence[int]):
+        s = config.model.seq_len
+        super().__init__(config.model.vocab_size, s, seed=5, length=self.WINDOWS)
+        self.blank = list(blank)
+        self.lengths = s - np.arange(self.WINDOWS) % 3 * (s // 4) if varying else None
+
+    def window(self, idx: int) -> np.ndarray:
+        """Tokens [s + 1] of window `idx`, s its own length."""
+        return super().window(idx)[: self._length(idx) + 1]
+
+    def starts(self, idx: int) -> np.ndarray:
+        """Start of the document of each input [s] of window `idx`."""
+        return super().starts(idx)[: self._length(idx)]
+
+    def learned(self, idx: int) -> np.ndarray:
+        """Which labels count: all but a drawn share and those in `blank`."""
+        counts = np.random.default_rng([9, idx]).random(self.seq_len) >= MASKED
+        counts[self.blank] = False
+        return counts[: self._length(idx)]
+
+    def _length(self, idx: int) -> int:
+        return self.seq_len if self.lengths is None else int(self.lengths[idx])
+
+
+def calls_of(engine: Engine, step: int, varying: bool, blank: Sequence[int] = ()) -> list[Call]:
+    """This rank's microbatches of a step over Checked windows."""
+    config = engine.config
     before = config.samples_after(step)
-    for m in range(config.num_microbatches(mesh.world_size, config.batch_at(before))):
-        first = before + (m * dp.size + dp.idx) * size
-        numbers = range(first, first + size)
-        lengths = [s - number % 3 * (s // 4) if varying else s for number in numbers]
-        masks = [np.random.default_rng([9, number]).random(s) < MASKED for number in numbers]
-        for mask, length in zip(masks, lengths, strict=True):
-            mask[list(blank)] = True
-            mask[length:] = True
-        tokens = _columns([source.window(number) for number in numbers])[: max(lengths) + 1]
-        inputs, masked = tokens[:-1].contiguous(), _columns(masks)[: max(lengths)]
-        starts = None
-        if config.data.reset_attention_mask:
-            starts = _columns([source.starts(number) for number in numbers])[: max(lengths)]
-        calls.append(
-            make_call(
-                inputs.to(engine.device),
-                tokens[1:].masked_fill(masked, IGNORE).to(engine.device),
-                torch.arange(first, first + size, device=engine.device),
-                seq_cut=cut,
-                context=context,
-                starts=None if starts is None else starts.to(engine.device),
-            )
-        )
-    return calls
-
-
-def _columns(rows: list[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.stack(rows).T.copy())  # [s or s + 1, b]
+    count = config.num_microbatches(engine.mesh.world_size, config.batch_at(before))
+    return build_loader(engine, Checked(config, varying, blank)).step(before, count)
 
 
 def reference(

@@ -178,7 +178,7 @@ COMMAND_LINE = [
     ("--data ''", "--data: must not be empty"),
     ("junk", "unexpected argument 'junk' (see megalite pretrain --help)"),
     ("--model gpt2", f"unknown --model 'gpt2' (did you mean gpt2-124m? known: {PRESETS})"),
-    ("--recipe dem", "unknown --recipe 'dem' (did you mean demo? known: demo)"),
+    ("--recipe dem", "unknown --recipe 'dem' (did you mean demo? known: demo, chat)"),
     ("--recipe demo --config x", "--recipe: not together with --config (both are a whole run)"),
     ("--config absent", "--config absent: No such file or directory"),
     ("--config text.txt",
@@ -227,7 +227,10 @@ GENERATE = [
     ("run def --temprature 1", "unknown option --temprature (did you mean --temperature?)"),
 ]
 
-KNOWN_VERBS = "corpus, tokenizer, preprocess, pretrain, verify, inspect, convert, generate"
+KNOWN_VERBS = (
+    "corpus, conversations, tokenizer, preprocess, pretrain, sft, verify, inspect, convert, "
+    "generate"
+)
 VERBS = [
     ("pretain", f"unknown verb 'pretain' (did you mean pretrain? known: {KNOWN_VERBS})"),
     ("tokenizer", "tokenizer: use tokenizer train or show"),

@@ -11,6 +11,7 @@ from harness import BETAS, EPS, LR, WEIGHT_DECAY, Case, Workload, open_case, ser
 
 from megalite.core.config import Config, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
 from megalite.core.world import World
+from megalite.data.loader import TokenSource
 from megalite.train.build import build_engine, build_loader, build_mesh
 from megalite.train.loop import train_step
 
@@ -27,7 +28,7 @@ LAYOUTS: dict[str, dict[str, object]] = {
 CPU = torch.device("cpu")
 
 
-class Rows:
+class Rows(TokenSource):
     """The case's sequences in order, as a source of windows."""
 
     def __init__(self, tokens: np.ndarray):

@@ -3,6 +3,9 @@
 import random
 from functools import cache
 
+import jinja2
+import jinja2.ext
+
 from megalite.data.bpe import train
 from megalite.data.tokenizer import Tokenizer
 
@@ -47,3 +50,19 @@ def make_text(seed: int, num_lines: int = 60) -> str:
 def make_tokenizer(vocab_size: int = 600, pattern: str = "gpt4") -> Tokenizer:
     """Trained on the first thirty texts."""
     return train([make_text(seed) for seed in range(30)], vocab_size, pattern=pattern)
+
+
+class _Generation(jinja2.ext.Extension):
+    """The block in which Hugging Face marks what the assistant says: here, what is in it."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def jinja_template(text: str) -> jinja2.Template:
+    """A chat template in an environment like Hugging Face's."""
+    how = {"trim_blocks": True, "lstrip_blocks": True, "extensions": [_Generation]}
+    return jinja2.Environment(**how).from_string(text)

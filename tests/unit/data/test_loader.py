@@ -13,13 +13,13 @@ from megalite.core.call import IGNORE
 from megalite.core.errors import DataError
 from megalite.core.mesh import Mesh
 from megalite.data.indexed import IndexedDataset, IndexedWriter
-from megalite.data.loader import Loader, Synthetic, Windows, _scramble, permuted
+from megalite.data.loader import Loader, Synthetic, TokenSource, Windows, _scramble, permuted
 
 S = 4
 NUM_WINDOWS = 23
 
 
-class Numbered:
+class Numbered(TokenSource):
     """Window i is [i, i, ...]: a batch says which windows it is made of."""
 
     def __init__(self, length=NUM_WINDOWS):
