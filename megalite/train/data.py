@@ -78,7 +78,8 @@ def _open_conversations(
     words = [f"{count(len(said))} conversations in {count(len(made))} samples"]
     words.append(f"{100 * made.learned_share:.0f}% of tokens learned")
     if made.cut:
-        words.append(f"{made.cut} longer than --seq-len, {made.dropped} of them without an answer")
+        dropped = f" ({made.dropped} before the answer: dropped)" if made.dropped else ""
+        words.append(f"{made.cut} cut at --seq-len{dropped}")
     return made, f"{path}, {', '.join(words)}"
 
 
