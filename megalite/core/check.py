@@ -387,9 +387,7 @@ def check_train(config: Config) -> None:
             "prefix of megalite preprocess)"
         )
     data = config.data
-    if data.valid_data and data.is_conversations(data.data) != data.is_conversations(
-        data.valid_data
-    ):
+    if data.valid_data and data.talks != data.is_conversations(data.valid_data):
         raise UserError(
             f"--valid-data {data.valid_data}: is not of the kind of --data {data.data} (two .jsonl "
             "files of conversations, or two prefixes of megalite preprocess)"

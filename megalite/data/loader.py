@@ -30,6 +30,7 @@ ROUNDS = 6
 class TokenSource(Protocol):
     """Something that gives training windows by number."""
 
+    seq_len: int
     lengths: np.ndarray | None = None
     """Inputs of each window, at most seq_len; None where all have seq_len."""
 
@@ -45,6 +46,10 @@ class TokenSource(Protocol):
         0 for the first one's, which may have begun before the window.
         """
         ...
+
+    def length_of(self, idx: int) -> int:
+        """Inputs of window `idx`."""
+        return self.seq_len if self.lengths is None else int(self.lengths[idx])
 
     def learned(self, idx: int) -> np.ndarray | None:
         """Which of window `idx`'s s labels count, as booleans [s]; None for all of them."""

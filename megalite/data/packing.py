@@ -61,7 +61,7 @@ class Conversations(TokenSource):
     def starts(self, idx: int) -> np.ndarray:
         """Start of the conversation of each input [s]; what fills up is one of its own."""
         sizes = [len(self.conversations[i].ids) for i in self.windows[idx]]
-        length = self._length(idx)
+        length = self.length_of(idx)
         ends = np.cumsum([0, *sizes])
         starts = np.repeat(ends, [*sizes, max(0, length + 1 - ends[-1])])
         return starts[:length]
@@ -71,13 +71,9 @@ class Conversations(TokenSource):
         return self._filled([self.conversations[i].learned for i in self.windows[idx]], bool)[1:]
 
     def _filled(self, parts: Sequence[Sequence[int]], dtype: type) -> np.ndarray:
-        size = self.seq_len + 1 if self.lengths is None else sum(map(len, parts))
-        made: np.ndarray = np.zeros(size, dtype=dtype)
-        made[: sum(map(len, parts))] = np.concatenate(parts)
-        return made
-
-    def _length(self, idx: int) -> int:
-        return self.seq_len if self.lengths is None else int(self.lengths[idx])
+        said: np.ndarray = np.concatenate(parts).astype(dtype)
+        room = 0 if self.lengths is not None else self.seq_len + 1 - len(said)
+        return np.pad(said, (0, room))
 
 
 def best_fit(sizes: Sequence[int], order: Sequence[int], room: int) -> list[list[int]]:

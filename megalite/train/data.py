@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from megalite.core import comm
 from megalite.core.config import Config, run_directory
 from megalite.core.errors import DataError, UserError
 from megalite.core.mesh import Mesh
-from megalite.data.chat import Template, read_conversations
+from megalite.data.chat import Conversation, Template, read_conversations
 from megalite.data.indexed import IndexedDataset
 from megalite.data.loader import Synthetic, TokenSource, Windows
 from megalite.data.packing import Conversations
@@ -40,16 +42,24 @@ def find_tokenizer(config: Config) -> Tokenizer | None:
     return tokenizer
 
 
-def open_data(
-    config: Config, prefix: str, mesh: Mesh, tokenizer: Tokenizer | None
-) -> tuple[TokenSource, str]:
-    """The windows of a dataset, and a few words on it. All ranks call it together."""
+class Opened(NamedTuple):
+    """What is trained or evaluated on."""
+
+    source: TokenSource
+    words: str
+    """A few on it, for the header."""
+    talks: Sequence[Conversation] = ()
+    """The conversations that the windows are made of, if they are."""
+
+
+def open_data(config: Config, prefix: str, mesh: Mesh, tokenizer: Tokenizer | None) -> Opened:
+    """The windows of a dataset. All ranks call it together."""
     model = config.model
     if config.data.is_conversations(prefix):
         return _open_conversations(config, prefix, tokenizer)
     if prefix == "synthetic":
         source = Synthetic(model.vocab_size, model.seq_len, config.train.seed)
-        return source, "synthetic Markov chain"
+        return Opened(source, "synthetic Markov chain")
     dataset = IndexedDataset(prefix)
     _check_tokenizer(config, prefix)
     _check_ids(dataset, model.vocab_size, mesh)
@@ -61,12 +71,10 @@ def open_data(
         )
     apart = " kept apart" if config.data.reset_attention_mask else ""
     size = f"{count(len(dataset.tokens))} tokens, {dataset.num_documents} documents"
-    return windows, f"{prefix}, {size}{apart}"
+    return Opened(windows, f"{prefix}, {size}{apart}")
 
 
-def _open_conversations(
-    config: Config, path: str, tokenizer: Tokenizer | None
-) -> tuple[TokenSource, str]:
+def _open_conversations(config: Config, path: str, tokenizer: Tokenizer | None) -> Opened:
     if tokenizer is None:
         raise UserError(f"--data {path}: conversations need a tokenizer (name it by --tokenizer)")
     template, said = Template(tokenizer), read_conversations(path)
@@ -80,7 +88,7 @@ def _open_conversations(
     if made.cut:
         dropped = f" ({made.dropped} before the answer: dropped)" if made.dropped else ""
         words.append(f"{made.cut} cut at --seq-len{dropped}")
-    return made, f"{path}, {', '.join(words)}"
+    return Opened(made, f"{path}, {', '.join(words)}", said)
 
 
 def _check_ids(dataset: IndexedDataset, vocab_size: int, mesh: Mesh) -> None:

@@ -21,10 +21,10 @@ from megalite.checkpoint.load import Reader, load_optimizer, load_weights, newes
 from megalite.checkpoint.save import check_space, remove_partial, save
 from megalite.core import comm
 from megalite.core import mesh as mesh_module
-from megalite.core.config import FILES, Config
+from megalite.core.config import FILE_NAME, FILES, Config
 from megalite.core.errors import CheckpointError, RunError, UserError
 from megalite.core.world import World
-from megalite.data.chat import CHAT_TEMPLATE, Template, read_conversations
+from megalite.data.chat import CHAT_TEMPLATE, Template
 from megalite.optim.lr import learning_rate
 from megalite.schedule.simulate import bubble
 from megalite.train import console, flops
@@ -82,8 +82,7 @@ class Run:
         self.stop = Stop()
         self.stop.listen()
         self.tokenizer = find_tokenizer(config)
-        source, description = open_data(config, config.data.data, self.mesh, self.tokenizer)
-        self.description = description
+        source, self.description, _ = open_data(config, config.data.data, self.mesh, self.tokenizer)
         self._prepare_out()
         self.engine = build_engine(config, self.mesh, device=self.device, dtype=dtype)
         self.peak = flops.peak_of(self.device, dtype)
@@ -338,9 +337,9 @@ class Run:
         if self._is_first:
             self.out.mkdir(parents=True, exist_ok=True)
             text = json.dumps(as_tree(self.config, self.files), indent=1) + "\n"
-            fresh = self.out / "config.json.tmp"
+            fresh = self.out / f"{FILE_NAME}.tmp"
             fresh.write_text(text, encoding="utf-8")
-            os.replace(fresh, self.out / "config.json")
+            os.replace(fresh, self.out / FILE_NAME)
             if self.tokenizer is not None:
                 self.tokenizer.save(self.out / "tokenizer.json")
             if self.config.data.talks:
@@ -350,11 +349,10 @@ class Run:
         prefix, exam = self.config.data.valid_data, None
         if not prefix:
             return None, None
-        source, _ = open_data(self.config, prefix, self.mesh, self.tokenizer)
-        if self.config.data.talks:
+        source, _, talks = open_data(self.config, prefix, self.mesh, self.tokenizer)
+        if talks:
             assert self.tokenizer is not None
-            said, length = read_conversations(prefix), self.config.model.seq_len
-            exam = Exam(said, Template(self.tokenizer), seq_len=length)
+            exam = Exam(talks, Template(self.tokenizer), seq_len=self.config.model.seq_len)
         return held_out(build_loader(self.engine, source), self.tokenizer), exam
 
     def _say_stopped(self, saved: int) -> None:

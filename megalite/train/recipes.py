@@ -58,17 +58,8 @@ def chat() -> Config:
             data="runs/demo/conversations/train.jsonl",
             valid_data="runs/demo/conversations/valid.jsonl",
         ),
-        optim=OptimConfig(lr=2e-3, warmup_steps=20, lr_decay="linear", min_lr_ratio=0.02),
-        train=TrainConfig(
-            out="runs/demo-chat",
-            init_from="runs/demo",
-            micro_batch_size=4,
-            global_batch_size=16,
-            train_steps=400,
-            log_interval=20,
-            eval_interval=100,
-            save_interval=200,
-        ),
+        optim=replace(begun.optim, lr=2e-3, warmup_steps=20),
+        train=replace(begun.train, out="runs/demo-chat", init_from="runs/demo"),
     )
 
 

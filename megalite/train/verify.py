@@ -178,20 +178,17 @@ class Checked(Synthetic):
 
     def window(self, idx: int) -> np.ndarray:
         """Tokens [s + 1] of window `idx`, s its own length."""
-        return super().window(idx)[: self._length(idx) + 1]
+        return super().window(idx)[: self.length_of(idx) + 1]
 
     def starts(self, idx: int) -> np.ndarray:
         """Start of the document of each input [s] of window `idx`."""
-        return super().starts(idx)[: self._length(idx)]
+        return super().starts(idx)[: self.length_of(idx)]
 
     def learned(self, idx: int) -> np.ndarray:
         """Which labels count: all but a drawn share and those in `blank`."""
         counts = np.random.default_rng([9, idx]).random(self.seq_len) >= MASKED
         counts[self.blank] = False
-        return counts[: self._length(idx)]
-
-    def _length(self, idx: int) -> int:
-        return self.seq_len if self.lengths is None else int(self.lengths[idx])
+        return counts[: self.length_of(idx)]
 
 
 def calls_of(engine: Engine, step: int, varying: bool, blank: Sequence[int] = ()) -> list[Call]:
