@@ -7,7 +7,7 @@ a layer: `seq_cut` is None when decoding or where tp is 1, `context` when decodi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -48,6 +48,20 @@ class Context:
 
 
 @dataclass(frozen=True, eq=False)
+class Cached:
+    """What came before the tokens of a call, each request's in a slot of its own."""
+
+    layers: Mapping[int, tuple[Tensor, Tensor]]
+    """Keys and values [slots, kv heads, length, d] of each layer, those on this rank."""
+    slots: tuple[int, ...]
+    """[b]: of each request."""
+    before: tuple[int, ...]
+    """[b]: its tokens that are there."""
+    rows: tuple[int, ...]
+    """[b]: how many of its s tokens in this call count; what follows is padding."""
+
+
+@dataclass(frozen=True, eq=False)
 class Call:
     """One microbatch and one way to run it."""
 
@@ -75,6 +89,12 @@ class Call:
     """Dropout is on, and what is added to the loss."""
     parts: Parts | None = None
     """The parts of a layer that backward runs again; None keeps everything."""
+    cache: Cached | None = None
+    """Where attention keeps keys and values, and finds earlier ones; None: all are in the call."""
+    counted: Tensor | None = None
+    """[s, b] int64: places of the tokens, where they are not counted from `positions`."""
+    wanted: Tensor | None = None
+    """[w] int64: the rows of [s b] whose logits are wanted, which are then [w, 1, v/tp]."""
 
     @property
     def weight_jobs(self) -> list[Callable[[], None]]:
@@ -110,6 +130,8 @@ class Call:
 
         What position embeddings count by; what sees what, and dropout's names, go by `positions`.
         """
+        if self.counted is not None:
+            return self.counted
         at = self.positions[:, None]
         return at if self.starts is None else at - self.starts[self.positions]
 

@@ -22,8 +22,18 @@ ENOUGH_TERMS = 64
 """Of each sum, likewise: a weight gradient over fewer tokens is mostly copying."""
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """[..., i] times [o, i] transposed, plus [o]: [..., o]. No gradient is recorded."""
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, rows_alone: bool = False
+) -> Tensor:
+    """[..., i] times [o, i] transposed, plus [o]: [..., o]. No gradient is recorded.
+
+    `rows_alone`: each row's bits depend on no other row, nor on how many there are. That holds for
+    float32 on CPU, where oneDNN has it of two rows or more.
+    """
+    if rows_alone and x.numel() and _onednn_can(x, weight):
+        t = x.numel() // x.shape[-1]
+        y = _onednn(x.reshape(t, -1).expand(max(t, 2), -1), weight, bias)[:t]
+        return y.view(*x.shape[:-1], -1)
     if _by_onednn(x, weight):
         y = _onednn(x.flatten(0, -2), weight, bias)
         # Not a view, as from F.linear: a loss may write into the logits that a Function gave it.
@@ -61,10 +71,14 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+    enough = x.shape[-1] >= ENOUGH_TERMS and x.numel() * weight.shape[0] >= ENOUGH
+    return enough and _onednn_can(x, weight)
+
+
+def _onednn_can(x: Tensor, weight: Tensor) -> bool:
     if x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32:
         return False
-    enough = x.shape[-1] >= ENOUGH_TERMS and x.numel() * weight.shape[0] >= ENOUGH
-    return enough and bool(torch.backends.mkldnn.enabled) and _has_onednn()
+    return bool(torch.backends.mkldnn.enabled) and _has_onednn()
 
 
 @functools.cache

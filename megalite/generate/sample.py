@@ -1,7 +1,8 @@
-"""From logits to the next token: temperature, top-k, top-p, and a random number that has a name."""
+"""From logits to the next token: what may be drawn, and a random number that has a name."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,45 +15,113 @@ from megalite.core import rng
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is drawn; core/check.py has the range of each number."""
+    """How the next token is drawn; core/check.py has the range of each number.
+
+    The logits of repeated tokens are lowered, and all are divided by the temperature; of what the
+    softmax makes of them the k most likely tokens stay, of these the nucleus, of these what is
+    likely enough beside the most likely.
+    """
 
     temperature: float = 0.8
     """Spread of the choice; 0 takes the most likely token."""
     top_k: int = 0
     """Only the k most likely tokens (0: all)."""
     top_p: float = 1.0
-    """Only the most likely tokens that together reach this probability."""
+    """Only the most likely tokens that together reach this probability (Holtzman et al. 2019, arXiv
+    1904.09751)."""
+    min_p: float = 0.0
+    """Only tokens at least this likely, as a share of the most likely one (Nguyen et al. 2024,
+    arXiv 2407.01082)."""
+    repetition_penalty: float = 1.0
+    """Divides the logits above 0 of tokens that were there before, and multiplies those below
+    (Keskar et al. 2019, arXiv 1909.05858)."""
     seed: int = 1234
 
 
-def probabilities(logits: Tensor, how: Sampling) -> Tensor:
-    """[b, v] logits to the float64 distribution that is drawn from; ties are broken by token id."""
-    wide = logits.double()
-    if how.temperature == 0:
-        return torch.nn.functional.one_hot(wide.argmax(-1), wide.shape[-1]).double()
-    # The largest becomes 0 first: a temperature near 0 must not make infinities of it.
-    p = torch.softmax((wide - wide.amax(-1, keepdim=True)) / how.temperature, dim=-1)
-    order = p.argsort(dim=-1, descending=True, stable=True)
-    ranked = p.gather(-1, order)
-    keep = torch.ones_like(ranked, dtype=torch.bool)
-    if how.top_k > 0:
-        keep[:, how.top_k :] = False
-    # A token stays if the ones before it have not reached top_p yet: the first always does.
-    keep &= ranked.cumsum(-1) - ranked < how.top_p
-    ranked = ranked * keep
-    return torch.zeros_like(p).scatter(-1, order, ranked / ranked.sum(-1, keepdim=True))
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """The next token of one request: how it is drawn, and what names its random number."""
+
+    how: Sampling
+    text: Sequence[int]
+    """Its tokens so far: there are as many as the place of the next one."""
+    number: int = 0
+    """Which of the texts that are drawn with this seed it belongs to."""
 
 
-def pick(logits: Tensor, how: Sampling, *, requests: Tensor, position: Tensor) -> Tensor:
-    """The next token [b] of each request: a function of logits, seed, request and position.
+def pick(logits: Tensor, draw: Draw) -> int:
+    """The next token of a request, of its [v] logits: a function of these and its Draw alone.
 
     So a request draws the same tokens whatever else is in its batch.
     """
-    total = probabilities(logits, how).cumsum(-1)
-    chance = rng.uniform(rng.rows(rng.key(how.seed, "sample"), requests, position))
-    chance = chance * total[:, -1]
-    return (
-        torch.searchsorted(total, chance[:, None], right=True)
-        .squeeze(-1)
-        .clamp(max=logits.shape[-1] - 1)
-    )
+    if draw.how.temperature == 0 and draw.how.repetition_penalty == 1:
+        return int(logits.argmax())
+    total = probabilities(logits, draw.how, draw.text).cumsum(-1)
+    key = rng.key(draw.how.seed, "sample")
+    named = torch.tensor([draw.number, len(draw.text)], device=logits.device)
+    chance = rng.uniform(rng.rows(key, named[0], named[1])) * total[-1]
+    found = torch.searchsorted(total, chance, right=True)
+    return min(int(found), len(logits) - 1)
+
+
+def probabilities(logits: Tensor, how: Sampling, text: Sequence[int] = ()) -> Tensor:
+    """[v] logits after `text` to the float64 distribution [v] that is drawn from.
+
+    Of equally likely tokens those with the smaller ids come first.
+    """
+    wide = logits.double()
+    if how.repetition_penalty != 1 and text:
+        seen = torch.tensor(sorted(set(text)), device=wide.device)
+        old, factor = wide[seen], how.repetition_penalty
+        wide = wide.index_put((seen,), torch.where(old > 0, old / factor, old * factor))
+    if how.temperature == 0:
+        return torch.nn.functional.one_hot(wide.argmax(-1), wide.shape[-1]).double()
+    # The largest becomes 0 first: a temperature near 0 must not make infinities of it.
+    p = torch.softmax((wide - wide.max()) / how.temperature, dim=-1)
+    if how.top_k == 0 and how.top_p == 1 and how.min_p == 0:
+        return p
+    ids = _candidates(p, how)
+    ranked, order = p[ids].sort(descending=True, stable=True)
+    if how.top_k > 0:
+        ranked = ranked[: how.top_k]
+    # A token stays if the ones before it have not reached top_p yet: the first always does.
+    before = (ranked.cumsum(-1) - ranked) / _whole(p, ranked, how)
+    ranked = ranked[(before < how.top_p) & (ranked >= how.min_p * ranked[0])]
+    return torch.zeros_like(p).index_put((ids[order[: len(ranked)]],), ranked / ranked.sum())
+
+
+def _candidates(p: Tensor, how: Sampling) -> Tensor:
+    """Ids of the tokens among which all lie that are kept: few, where sorting all takes long."""
+    least = torch.zeros((), dtype=p.dtype, device=p.device)
+    if 0 < how.top_k < len(p):
+        least = p.topk(how.top_k).values[-1]
+    elif how.top_p < 1:
+        # All tokens lighter than this are together lighter than what the nucleus leaves out.
+        least = least + 0.5 * (1 - how.top_p) / len(p)
+    return (p >= torch.maximum(least, how.min_p * p.max())).nonzero().squeeze(-1)
+
+
+def _whole(p: Tensor, ranked: Tensor, how: Sampling) -> Tensor:
+    """What the nucleus is a share of: all tokens, or the k most likely."""
+    return ranked.sum() if how.top_k > 0 else p.sum()
+
+
+@dataclass(frozen=True)
+class Likely:
+    """A token and what the model itself, at temperature 1, thinks of it in its place."""
+
+    token: int
+    logprob: float
+    """Natural logarithm of its probability."""
+    rivals: tuple[tuple[int, float], ...]
+    """The most likely tokens there, the likeliest first, with theirs."""
+
+
+def likelihood(logits: Tensor, tokens: Sequence[int], rivals: int) -> list[Likely]:
+    """Of each token of `tokens` [b] under its row of [b, v] logits."""
+    logs = torch.log_softmax(logits.double(), -1)
+    own = logs.gather(-1, torch.tensor(tokens, device=logs.device)[:, None]).squeeze(-1).tolist()
+    best, ids = logs.topk(min(rivals, logs.shape[-1]))
+    named = zip(ids.tolist(), best.tolist(), strict=True)
+    lists = [tuple(zip(i, b, strict=True)) for i, b in named]
+    return [Likely(*row) for row in zip(tokens, own, lists, strict=True)]

@@ -2,8 +2,8 @@
 
 Fewer kv heads than tp ranks are replicated. Next: context.py, which brings together the queries and
 keys of a sequence cut over cp, and core_attention.py, which attends. A fork's own attention is a
-class with this constructor and forward; over cp it has to mind `call.context`, and with
---reset-attention-mask `call.starts`.
+class with this constructor and forward; over cp it has to mind `call.context`, with
+--reset-attention-mask `call.starts`, and to generate by a cache `call.cache`.
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ class Attention(nn.Module):
     keeps_documents_apart = True
     """It minds `call.starts`. All layouts of one that does not agree with each other, so that no
     comparison would tell: a class has to say it."""
+    keeps_keys = True
+    """It minds `call.cache`. With a class that does not, generation runs the whole text again for
+    every token."""
 
     def __init__(
         self, cfg: ModelConfig, mesh: Mesh, *, layer: int, seed: int, row_sum: tuple[str, ...]
@@ -64,7 +67,7 @@ class Attention(nn.Module):
         self.k_norm = Norm(cfg.head_dim, cfg, tp, row_sum=("tp",)) if cfg.qk_norm else None
         self.window, self.soft_cap = cfg.sliding_window, cfg.attention_soft_cap
         self.p, self.scale = cfg.attention_dropout, cfg.attention_scale
-        self.key = rng.key(seed, "attention dropout", layer)
+        self.key, self.layer = rng.key(seed, "attention dropout", layer), layer
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
         """Project, attend over the whole sequence, of which s rows are here, project back."""
@@ -87,6 +90,7 @@ class Attention(nn.Module):
             key=self.key,
             samples=call.samples,
             first_head=self.first_head,
+            layer=self.layer,
             starts=call.starts,
         )
         return attend(core, q, k, v, call).flatten(2)

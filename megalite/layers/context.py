@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megalite.core import comm
-from megalite.core.call import Call, Context
+from megalite.core.call import Cached, Call, Context
 from megalite.core.params import acc_dtype
 from megalite.layers.core_attention import CoreAttention, finite
 
@@ -28,6 +28,8 @@ from megalite.layers.core_attention import CoreAttention, finite
 
 def attend(core: CoreAttention, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
     """My queries [s, b, n, d] over all keys and values, of which mine are [s, b, m, d]: as q."""
+    if call.cache is not None:
+        return _cached(core, q, k, v, call.cache)
     if call.context is None:
         return _whole(core, q, k, v, call.positions, call.positions)
     return FORMS[call.context.form](core, q, k, v, call, call.context)
@@ -48,6 +50,34 @@ def _whole(
 ) -> Tensor:
     """Queries all of whose keys are here."""
     return seq_first(core.attend(heads_first(q), heads_first(k), heads_first(v), q_at, k_at))
+
+
+def _cached(core: CoreAttention, q: Tensor, k: Tensor, v: Tensor, cache: Cached) -> Tensor:
+    """Each request over its own earlier keys and these, which are added to them.
+
+    One by one, so that what a request computes depends on nothing else in the batch.
+    """
+    q, k, v = map(heads_first, (q, k, v))
+    keys, values = cache.layers[core.layer]
+    y = torch.zeros_like(q)
+    for i, (slot, before, rows) in enumerate(
+        zip(cache.slots, cache.before, cache.rows, strict=True)
+    ):
+        end = before + rows
+        keys[slot, :, before:end] = k[i, :, :rows]
+        values[slot, :, before:end] = v[i, :, :rows]
+        first, at = 0, torch.arange(end, device=q.device)
+        seen_by_one = at if rows > 1 else None
+        if rows == 1 and core.window is not None:
+            first = max(0, end - core.window)
+        y[i : i + 1, :, :rows] = core.attend(
+            q[i : i + 1, :, :rows],
+            keys[slot : slot + 1, :, first:end],
+            values[slot : slot + 1, :, first:end],
+            at[before:] if before else at,
+            seen_by_one,
+        )
+    return seq_first(y)
 
 
 def _at(spans: list[range], like: Tensor) -> Tensor:

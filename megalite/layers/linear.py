@@ -84,7 +84,8 @@ class _Column(torch.autograd.Function):
         ctx.jobs, ctx.beside = call.weight_jobs, call.beside
         weight, bias = params
         if call.seq_cut is None:
-            return matmul.linear(x, weight, bias)  # [s, b, o/tp]
+            alone = call.cache is not None
+            return matmul.linear(x, weight, bias, rows_alone=alone)  # [s, b, o/tp]
         return _gathered_product(x, weight, call.seq_cut, bias)[1]  # from [s/tp, b, i]
 
     @staticmethod
@@ -108,7 +109,8 @@ class _Row(torch.autograd.Function):
         ctx.params, ctx.tp, ctx.seq_cut = params, tp, call.seq_cut
         ctx.jobs, ctx.beside = call.weight_jobs, call.beside
         weight, bias = params
-        y = matmul.linear(x, weight)  # [s, b, o], partial over tp
+        alone = call.cache is not None
+        y = matmul.linear(x, weight, rows_alone=alone)  # [s, b, o], partial over tp
         cut = call.seq_cut
         y = comm.reduce_scatter(y, cut) if cut else comm.all_reduce(y, tp)
         return y if bias is None else y.add_(bias)

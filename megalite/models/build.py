@@ -66,6 +66,11 @@ def stage_ranges(layers: tuple[int, ...]) -> list[range]:
     return [range(end - n, end) for n, end in zip(layers, ends, strict=True)]
 
 
+def mesh_factors(cfg: ModelConfig, tp: int) -> dict[str, int]:
+    """The axes that a mesh needs factored: tp by the kv heads, where there are fewer of them."""
+    return {"tp": cfg.kv_heads} if cfg.kv_heads < tp else {}
+
+
 def build_stages(
     cfg: ModelConfig,
     mesh: Mesh,

@@ -151,6 +151,8 @@ class GPT(nn.Module):
 
     def _head(self, x: Tensor, call: Call) -> Tensor:
         table = self.embedding.weight if self.cfg.tie_embeddings else self.head
+        if call.wanted is not None:
+            x = x.flatten(0, 1)[call.wanted].unsqueeze(1)  # [w, 1, h]
         x = self.final_norm(x)
         if self.cfg.width_ratio != 1:
             x = x * self.cfg.width_ratio

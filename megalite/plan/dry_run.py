@@ -7,10 +7,11 @@ from __future__ import annotations
 import torch
 
 from megalite.core.config import Config
+from megalite.core.precision import dtype_of
 from megalite.models.presets import num_parameters
 from megalite.plan.memory import StageMemory, stage_memory
 from megalite.schedule.simulate import bubble
-from megalite.train.build import DTYPES, schedule_maker
+from megalite.train.build import schedule_maker
 from megalite.train.console import count, layout_picture
 from megalite.train.own_files import check_own_code
 from megalite.train.pictures import timeline
@@ -54,10 +55,8 @@ def dry_run(config: Config, world_size: int) -> None:
 
 def _dtype(config: Config) -> torch.dtype:
     """The asked precision; `auto` is taken for what a GPU would use, unless the run is for CPU."""
-    asked = config.train.precision
-    if asked == "auto":
-        asked = "fp32" if config.train.device == "cpu" else "bf16"
-    return DTYPES[asked]
+    device = torch.device("cpu" if config.train.device == "cpu" else "cuda")
+    return dtype_of(config.train.precision, device)
 
 
 def _shown(stages: list[StageMemory]) -> list[StageMemory | None]:

@@ -18,7 +18,7 @@ from torch import nn
 from megalite.core.config import Config
 from megalite.core.mesh import Mesh
 from megalite.core.params import acc_dtype
-from megalite.models.build import build_stages, split_layers
+from megalite.models.build import build_stages, mesh_factors, split_layers
 from megalite.optim.rules import Rules
 from megalite.parallel.buckets import FlatLayout, plan
 from megalite.parallel.p2p import AHEAD
@@ -26,7 +26,7 @@ from megalite.parallel.zero import LANES, units_of
 from megalite.plan.activations import LOOKUP_BYTES, TOKEN_BYTES, LayerBytes, stage_activations
 from megalite.schedule.action import Schedule, at_first_backward, edge_order
 from megalite.schedule.simulate import peak_live
-from megalite.train.build import BUCKET_MB, mesh_factors, mesh_sizes, schedule_maker
+from megalite.train.build import BUCKET_MB, mesh_sizes, schedule_maker
 from megalite.train.own_files import attention_of
 
 
@@ -106,7 +106,7 @@ def _buckets(
     sizes, layout = mesh_sizes(config, world_size), config.layout
     rank = pp_idx * prod(n for name, n in sizes.items() if name != "pp")
     kind = "fake" if world_size > 1 else "single"
-    mesh = Mesh(sizes, rank=rank, kind=kind, factors=mesh_factors(config))
+    mesh = Mesh(sizes, rank=rank, kind=kind, factors=mesh_factors(config.model, config.layout.tp))
     with torch.device("meta"):
         stages = build_stages(
             config.model,

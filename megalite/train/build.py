@@ -7,8 +7,7 @@ thing with one rank. Next: loop.py, which takes steps with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
@@ -21,10 +20,11 @@ from megalite.core.config import Config
 from megalite.core.errors import UserError
 from megalite.core.mesh import Mesh
 from megalite.core.params import initialize
+from megalite.core.precision import default_dtype, dtype_of
 from megalite.core.unit import recomputing
 from megalite.core.world import World
 from megalite.data.loader import Loader, TokenSource
-from megalite.models.build import build_stages
+from megalite.models.build import build_stages, mesh_factors
 from megalite.models.gpt import GPT
 from megalite.ops import backend
 from megalite.ops.library import NoKernels
@@ -40,12 +40,6 @@ from megalite.train.agree import check_agreement
 from megalite.train.heap import keep_freed_memory
 from megalite.train.own_files import attention_of
 
-DTYPES = {
-    "fp64": torch.float64,
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
 BUCKET_MB = {"cpu": 4.0, "cuda": 64.0}
 TIMEOUT = timedelta(minutes=10)
 
@@ -112,16 +106,7 @@ def pick_device(config: Config, world: World) -> torch.device:
 
 def pick_dtype(config: Config, device: torch.device) -> torch.dtype:
     """The dtype of weights and matmuls."""
-    asked = config.train.precision
-    if asked == "auto":
-        asked = "fp32" if device.type == "cpu" else "bf16"
-    return DTYPES[asked]
-
-
-def mesh_factors(config: Config) -> dict[str, int]:
-    """The axes a config needs factored: tp by the kv heads, where there are fewer of them."""
-    kv, tp = config.model.kv_heads, config.layout.tp
-    return {"tp": kv} if kv < tp else {}
+    return dtype_of(config.train.precision, device)
 
 
 def build_mesh(config: Config, world: World, device: torch.device) -> Mesh:
@@ -137,7 +122,7 @@ def build_mesh(config: Config, world: World, device: torch.device) -> Mesh:
         mesh_sizes(config, world.size),
         rank=world.rank,
         kind=kind,
-        factors=mesh_factors(config),
+        factors=mesh_factors(config.model, config.layout.tp),
         timeout=TIMEOUT,
     )
 
@@ -166,7 +151,7 @@ def build_engine(
     if device.type == "cpu" and layout.zero < 2:
         keep_freed_memory()
     make = schedule_maker(config)
-    with _default_dtype(dtype):
+    with default_dtype(dtype):
         stages = build_stages(
             config.model,
             mesh,
@@ -219,13 +204,3 @@ def build_loader(engine: Engine, source: TokenSource) -> Loader:
         cp_form=config.layout.cp_form,
         reset_attention_mask=config.data.keeps_documents_apart,
     )
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

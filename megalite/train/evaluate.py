@@ -8,16 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from megalite.core import comm
 from megalite.data.loader import Loader, Windows
 from megalite.data.tokenizer import Tokenizer
-from megalite.generate.engine import NextLogits, at_last, generate, inference_call
+from megalite.generate.engine import Request, complete
 from megalite.generate.sample import Sampling
+from megalite.generate.share import make_share
 from megalite.train.build import Engine
-
-# s sequence, b micro batch, v vocabulary
 
 GZIP_LIMIT = 4 * 2**20
 """Held-out tokens beyond these are not compressed: gzip's ratio has settled by then."""
@@ -69,34 +67,12 @@ def evaluate(engine: Engine, data: HeldOut, samples: int) -> tuple[float, float 
     return loss / max(1.0, tokens), bits
 
 
-def pipeline_logits(engine: Engine) -> NextLogits:
-    """Next-token logits of a model cut over tp and pp: the same on every rank of a pipeline."""
-    tp, pp = engine.mesh.axis("tp"), engine.mesh.axis("pp")
-    vocab = engine.config.model.vocab_size
-    placement = engine.pipeline.schedule.placement
-
-    def next_logits(tokens: Tensor, last: Tensor) -> Tensor:
-        made = engine.pipeline.evaluate([inference_call(tokens)])
-        if made:
-            mine = at_last(made[0], last).contiguous()  # [b, v/tp]
-            logits = comm.all_gather(mine, tp, dim=-1)[:, :vocab].contiguous()
-        else:
-            logits = torch.empty((tokens.shape[1], vocab), dtype=engine.dtype, device=engine.device)
-        return comm.broadcast(logits, pp, src=placement[-1])
-
-    return next_logits
-
-
 def sample(engine: Engine, tokenizer: Tokenizer, prompt: str, *, max_tokens: int, seed: int) -> str:
     """A text that goes on from `prompt`; all ranks call it together and get the same."""
-    ids = tokenizer.encode(prompt)
-    made = generate(
-        pipeline_logits(engine),
-        [ids],
-        Sampling(temperature=0.8, seed=seed),
-        max_tokens=max_tokens,
-        seq_len=engine.config.model.seq_len,
-        stop=tokenizer.eod,
-        device=engine.device,
-    )
-    return tokenizer.decode(ids + made[0])
+    model = engine.config.model
+    ids = tokenizer.encode(prompt)[-model.seq_len :]
+    share = make_share(model, engine.stages, engine.pipeline, slots=1)
+    how = Sampling(temperature=0.8, seed=seed)
+    stop = frozenset([tokenizer.eod])
+    request = Request(tokens=ids, how=how, max_tokens=max_tokens, stop=stop)
+    return tokenizer.decode([*ids, *complete(share, [request])[0]])

@@ -9,10 +9,10 @@ import torch
 
 from megalite.core import comm
 from megalite.data.chat import Conversation, Template
-from megalite.generate.engine import generate
+from megalite.generate.engine import STOP, Generation, Request
 from megalite.generate.sample import Sampling
+from megalite.generate.share import make_share
 from megalite.train.build import Engine
-from megalite.train.evaluate import pipeline_logits
 
 AT_ONCE = 64
 """Questions that one data rank answers together."""
@@ -33,12 +33,24 @@ class Answered:
         return self.ended and self.given.strip() == self.expected.strip()
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A held-out conversation as it is asked."""
+
+    prompt: list[int]
+    """Its tokens up to where the assistant speaks last."""
+    room: int
+    """Tokens of the right answer and its end: a longer one is wrong whatever else it says."""
+    question: str
+    expected: str
+
+
 class Exam:
     """Held-out conversations, in the order in which they are asked."""
 
     def __init__(self, conversations: Sequence[Conversation], template: Template, *, seq_len: int):
         self.template = template
-        self.asked = []
+        self.asked: list[Asked] = []
         for conversation in conversations:
             last = max(i for i, m in enumerate(conversation) if m.role == "assistant")
             prompt = template.prompt(conversation[:last])
@@ -46,33 +58,41 @@ class Exam:
             room = len(template.tokenizer.encode(expected.strip())) + 1
             # What the model cannot see whole, it cannot answer.
             if len(prompt) + room <= seq_len:
-                self.asked.append((prompt, room, conversation[last - 1].content, expected))
+                self.asked.append(Asked(prompt, room, conversation[last - 1].content, expected))
 
     def take(self, engine: Engine, count: int) -> tuple[int, list[Answered]]:
         """How many of the first `count` are answered word for word, and this rank's answers.
 
         Greedily. All ranks call it together; each data rank answers its share.
         """
-        dp, tokenizer = engine.mesh.axis("dp"), self.template.tokenizer
-        answers = []
-        for first in range(0, min(count, len(self.asked)), AT_ONCE * dp.size):
-            batch = self.asked[first : min(count, first + AT_ONCE * dp.size)]
-            mine = batch[dp.idx :: dp.size]
-            # A longer answer is wrong whatever else it says.
-            longest = max(room for _, room, _, _ in batch)
-            made = generate(
-                pipeline_logits(engine),
-                [prompt for prompt, _, _, _ in mine],
-                Sampling(temperature=0),
-                max_tokens=longest,
-                seq_len=engine.config.model.seq_len,
-                stop=self.template.end,
-                device=engine.device,
-                any_running=lambda running: comm.any_true(running, dp),
-            )
-            for (_, _, question, expected), ids in zip(mine, made, strict=True):
-                ended = len(ids) < longest  # the end was among them, and is left out
-                answers.append(Answered(question, expected, tokenizer.decode(ids), ended))
+        dp, decode = engine.mesh.axis("dp"), self.template.tokenizer.decode
+        share = make_share(
+            engine.config.model, engine.stages, engine.pipeline, slots=AT_ONCE
+        )
+        generation = Generation(share)
+        asked = {generation.submit(self._request(a)): a for a in self.asked[:count][dp.idx :: dp.size]}
+        said: dict[int, list[int]] = {number: [] for number in asked}
+        ended: dict[int, str] = {}
+        # A data rank that has no questions left takes part in what the others' answers need.
+        while comm.any_true(generation.has_work, dp):
+            if not generation.has_work:
+                share.idle()
+                continue
+            for event in generation.step():
+                said[event.request] += event.tokens
+                ended[event.request] = event.ended
+        answers = [
+            Answered(a.question, a.expected, decode(said[number]), ended[number] == STOP)
+            for number, a in asked.items()
+        ]
         right = torch.tensor([sum(a.is_right for a in answers)], dtype=torch.float64)
         total = comm.all_reduce(right.to(engine.device), dp)
         return int(total.item()), answers
+
+    def _request(self, asked: Asked) -> Request:
+        return Request(
+            tokens=asked.prompt,
+            how=Sampling(temperature=0),
+            max_tokens=asked.room,
+            stop=frozenset([self.template.end]),
+        )

@@ -28,15 +28,15 @@ from megalite.core.call import Call
 from megalite.core.config import Config
 from megalite.core.mesh import Mesh
 from megalite.core.params import named_parameters, traits_of
+from megalite.core.precision import DTYPES
 from megalite.core.shard import Box, in_words, slices
 from megalite.data.loader import Synthetic
+from megalite.models.build import mesh_factors
 from megalite.train.as_ranks import AttentionAsRanks, rounding_of
 from megalite.train.build import (
-    DTYPES,
     Engine,
     build_engine,
     build_loader,
-    mesh_factors,
     mesh_sizes,
 )
 from megalite.train.exact import exact_sums
@@ -156,7 +156,7 @@ def engine_of(
 ) -> Engine:
     """The engine of this rank, in the process group that there is."""
     kind = "real" if world > 1 else "single"
-    mesh = Mesh(mesh_sizes(config, world), rank=rank, kind=kind, factors=mesh_factors(config))
+    mesh = Mesh(mesh_sizes(config, world), rank=rank, kind=kind, factors=mesh_factors(config.model, config.layout.tp))
     here = torch.device("cpu" if device == "cpu" else f"cuda:{torch.cuda.current_device()}")
     return build_engine(config, mesh, device=here, dtype=DTYPES[precision], **kwargs)
 

@@ -1,0 +1,146 @@
+"""A checkpoint as a share of a model that generates, at any tp and pp, whatever it was trained at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from megalite.checkpoint.load import Reader, load_weights
+from megalite.checkpoint.manifest import Manifest, newest
+from megalite.core.config import Config, LayoutConfig, ModelConfig, run_directory
+from megalite.core.errors import CheckpointError
+from megalite.core.mesh import Mesh
+from megalite.core.params import initialize, named_parameters
+from megalite.core.precision import default_dtype
+from megalite.data.tokenizer import Tokenizer
+from megalite.generate.share import Share, make_share
+from megalite.models.build import build_stages, mesh_factors
+from megalite.models.gpt import GPT
+from megalite.parallel.pipeline import Pipeline
+from megalite.schedule.action import Schedule
+from megalite.schedule.generators import gpipe
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint on disk."""
+
+    directory: Path
+    manifest: Manifest
+    config: Config
+    passed_over: tuple[str, ...]
+    """Why newer checkpoints of the run are not it."""
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.config.model
+
+    def tokenizer(self) -> Tokenizer:
+        """The one that the run keeps beside its checkpoints. Raises CheckpointError without one."""
+        path = run_directory(self.directory) / "tokenizer.json"
+        if not path.exists():
+            raise CheckpointError(
+                f"{path}: not there (this run was trained on tokens without a tokenizer)"
+            )
+        return Tokenizer.load(path)
+
+
+def open_checkpoint(path: Path) -> Saved:
+    """The newest valid checkpoint of a run directory, or that of a step directory."""
+    directory, manifest, passed_over = newest(path)
+    return Saved(directory, manifest, Config.from_dict(manifest.config), tuple(passed_over))
+
+
+def check_layout(model: ModelConfig, *, tp: int, pp: int) -> None:
+    """Raises UserError unless `model` can generate on tp x pp ranks."""
+    Config(model=model, layout=_layout(tp, pp)).check(tp * pp)
+
+
+def _layout(tp: int, pp: int) -> LayoutConfig:
+    return LayoutConfig(tp=tp, pp=pp, dp=1, sequence_parallel=False)
+
+
+def load_share(
+    saved: Saved,
+    *,
+    slots: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    tp: int = 1,
+    pp: int = 1,
+    rank: int = 0,
+) -> Share:
+    """This rank's share of the checkpoint's model; all ranks call it together."""
+    stages, mesh = _empty_stages(saved.model, tp, pp, rank, dtype, device)
+    reader = Reader(saved.directory, saved.manifest)
+    for stage in stages.values():
+        load_weights(reader, dict(named_parameters(stage)))
+    return _share(saved.model, stages, mesh, slots=slots, dtype=dtype, device=device)
+
+
+def untrained_share(
+    model: ModelConfig,
+    *,
+    slots: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int = 1234,
+    tp: int = 1,
+    pp: int = 1,
+    rank: int = 0,
+) -> Share:
+    """The same of a model with its initial weights."""
+    stages, mesh = _empty_stages(model, tp, pp, rank, dtype, device)
+    for stage in stages.values():
+        initialize(stage, seed)
+    return _share(model, stages, mesh, slots=slots, dtype=dtype, device=device)
+
+
+def _empty_stages(
+    model: ModelConfig, tp: int, pp: int, rank: int, dtype: torch.dtype, device: torch.device
+) -> tuple[dict[int, GPT], Mesh]:
+    kind = "real" if tp * pp > 1 else "single"
+    mesh = Mesh({"pp": pp, "tp": tp}, rank=rank, kind=kind, factors=mesh_factors(model, tp))
+    with default_dtype(dtype):
+        stages = build_stages(
+            model,
+            mesh,
+            placement=tuple(range(pp)),
+            layers=None,
+            sequence_parallel=False,
+            seed=0,
+        )
+    return {number: stage.to(device) for number, stage in stages.items()}, mesh
+
+
+def _share(
+    model: ModelConfig,
+    stages: Mapping[int, GPT],
+    mesh: Mesh,
+    *,
+    slots: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Share:
+    @lru_cache(maxsize=1)
+    def schedule(num_microbatches: int) -> Schedule:
+        return gpipe(mesh.sizes["pp"], num_microbatches)
+
+    pipeline = Pipeline(
+        schedule,
+        stages,
+        mesh,
+        dtype=dtype,
+        device=device,
+        enter=_nothing,
+        reduce=_nothing,
+    )
+    return make_share(model, stages, pipeline, slots=slots)
+
+
+def _nothing(number: int) -> None:
+    """What generation does where training does something."""
