@@ -87,8 +87,13 @@ VERBS: dict[str, Verb] = {
     ),
     "generate": Verb(
         about="go on from a prompt with a trained model",
-        schema="megalite.generate.args:GenerateArgs",
-        function="megalite.generate.command:generate",
+        schema="megalite.serve.talk_args:GenerateArgs",
+        function="megalite.serve.generate:generate",
+    ),
+    "chat": Verb(
+        about="talk with a fine-tuned model in the terminal",
+        schema="megalite.serve.talk_args:ChatArgs",
+        function="megalite.serve.chat:chat",
     ),
 }
 

@@ -16,14 +16,15 @@ import sys
 import tokenize
 from pathlib import Path
 
-from megalite.core.config import run_directory
+import torch
+
 from megalite.core.errors import UserError
 from megalite.data.indexed import IndexedDataset
 from megalite.data.tokenizer import Tokenizer
-from megalite.generate.command import load_model, load_tokenizer, untrained_model
-from megalite.generate.engine import generate, logits_of
+from megalite.generate.engine import Request, complete
+from megalite.generate.load import Place, load_share, open_checkpoint, untrained_share
 from megalite.generate.sample import Sampling
-from megalite.models.gpt import GPT
+from megalite.generate.share import Share
 
 HELD_OUT_TOKENS = 50_000
 
@@ -44,18 +45,14 @@ def share(texts: list[str], *, cut_off: bool) -> float:
     return sum(map(accepted, lines)) / max(1, len(lines))
 
 
-def samples(model: GPT, tokenizer: Tokenizer, prompt: str, number: int, tokens: int) -> list[str]:
+def samples(model: Share, tokenizer: Tokenizer, prompt: str, number: int, size: int) -> list[str]:
     """Seeded texts of the model."""
     ids = tokenizer.encode(prompt)
-    made = generate(
-        logits_of(model),
-        [ids] * number,
-        Sampling(temperature=0.8, seed=1),
-        max_tokens=tokens,
-        seq_len=model.cfg.seq_len,
-        stop=tokenizer.eod,
-    )
-    return [tokenizer.decode(ids + new) for new in made]
+    how, stop = Sampling(temperature=0.8, seed=1), frozenset([tokenizer.eod])
+    requests = [
+        Request(tokens=ids, how=how, max_tokens=size, stop=stop, number=i) for i in range(number)
+    ]
+    return [tokenizer.decode(ids + new) for new in complete(model, requests)]
 
 
 def main() -> int:
@@ -68,14 +65,15 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=64, help="of each sample")
     args = parser.parse_args()
     try:
-        model, config, _ = load_model(Path(args.run))
-        tokenizer = load_tokenizer(run_directory(Path(args.run)))
+        saved = open_checkpoint(Path(args.run))
+        tokenizer = saved.tokenizer()
     except UserError as e:
         print(f"sample_report: error: {e}", file=sys.stderr)
         return e.exit_code
+    config, at = saved.config, Place(slots=16, dtype=torch.float32, device=torch.device("cpu"))
+    model, fresh = load_share(saved, at), untrained_share(saved.model, at, seed=config.train.seed)
     prompt = config.train.sample_prompt
     trained = share(samples(model, tokenizer, prompt, args.samples, args.tokens), cut_off=True)
-    fresh = untrained_model(config)
     untrained = share(samples(fresh, tokenizer, prompt, args.samples, args.tokens), cut_off=True)
     text = f"lines of {args.samples} samples that Python's tokenize accepts: {trained:.0%}"
     text += f" (untrained model {untrained:.0%}"

@@ -56,7 +56,7 @@ RULES: dict[str, Callable[[float], bool]] = {
 # Rule -> the fields that obey it. A number of Config that is named nowhere here fails a test.
 FIELDS: dict[str, str] = {
     "> 0": "norm_eps rope_theta logit_soft_cap attention_soft_cap init_std bucket_mb lr eps "
-    "initial_loss_scale min_loss_scale",
+    "initial_loss_scale min_loss_scale repetition_penalty",
     ">= 0": "z_loss temperature top_k zero warmup_steps weight_decay clip_grad seed eval_interval "
     "save_interval loss_scale",
     ">= 1": "num_layers hidden_size num_heads num_kv_heads ffn_hidden_size vocab_size seq_len "
@@ -65,7 +65,7 @@ FIELDS: dict[str, str] = {
     "max_ranks steps loss_scale_window hysteresis",
     "in [0, 1)": "dropout attention_dropout label_smoothing beta1 beta2 momentum",
     "in (0, 1]": "wsd_decay_share top_p",
-    "in [0, 1]": "min_lr_ratio",
+    "in [0, 1]": "min_lr_ratio min_p",
 }
 RULE_OF = {name: rule for rule, names in FIELDS.items() for name in names.split()}
 

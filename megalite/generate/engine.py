@@ -67,8 +67,13 @@ class Event:
 class Runs(Protocol):
     """What runs steps: a Share, or the Leader of many."""
 
-    model: ModelConfig
-    slots: int
+    @property
+    def model(self) -> ModelConfig:
+        """The shape of the model."""
+
+    @property
+    def slots(self) -> int:
+        """Requests that can run at once."""
 
     def run(self, step: Step) -> Tensor:
         """The wanted logits [w, v], part by part."""
@@ -225,9 +230,9 @@ def check_request(request: Request, model: ModelConfig) -> None:
         raise UserError(
             f"the prompt has {len(tokens)} tokens, and the model's context is {longest}"
         )
-    wrong = [t for t in tokens if not 0 <= t < known]
-    if wrong:
-        raise UserError(f"token {wrong[0]} of the prompt is not in the vocabulary (0 to {known - 1})")
+    wrong = next((t for t in tokens if not 0 <= t < known), None)
+    if wrong is not None:
+        raise UserError(f"token {wrong} of the prompt is not in the vocabulary (0 to {known - 1})")
     if request.how.top_k > known:
         raise UserError(f"--top-k {request.how.top_k}: the model knows {known} tokens")
 

@@ -1,4 +1,4 @@
-"""A checkpoint as a share of a model that generates, at any tp and pp, whatever it was trained at."""
+"""A checkpoint as a share of a model that generates, at any tp and pp, whatever trained it."""
 
 from __future__ import annotations
 
@@ -64,82 +64,57 @@ def _layout(tp: int, pp: int) -> LayoutConfig:
     return LayoutConfig(tp=tp, pp=pp, dp=1, sequence_parallel=False)
 
 
-def load_share(
-    saved: Saved,
-    *,
-    slots: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    tp: int = 1,
-    pp: int = 1,
-    rank: int = 0,
-) -> Share:
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where and how one rank runs its share."""
+
+    slots: int
+    """Requests at once."""
+    dtype: torch.dtype
+    device: torch.device
+    tp: int = 1
+    pp: int = 1
+    rank: int = 0
+
+
+def load_share(saved: Saved, at: Place) -> Share:
     """This rank's share of the checkpoint's model; all ranks call it together."""
-    stages, mesh = _empty_stages(saved.model, tp, pp, rank, dtype, device)
+    stages, mesh = _empty_stages(saved.model, at)
     reader = Reader(saved.directory, saved.manifest)
     for stage in stages.values():
         load_weights(reader, dict(named_parameters(stage)))
-    return _share(saved.model, stages, mesh, slots=slots, dtype=dtype, device=device)
+    return _share(saved.model, stages, mesh, at)
 
 
-def untrained_share(
-    model: ModelConfig,
-    *,
-    slots: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    seed: int = 1234,
-    tp: int = 1,
-    pp: int = 1,
-    rank: int = 0,
-) -> Share:
+def untrained_share(model: ModelConfig, at: Place, *, seed: int) -> Share:
     """The same of a model with its initial weights."""
-    stages, mesh = _empty_stages(model, tp, pp, rank, dtype, device)
+    stages, mesh = _empty_stages(model, at)
     for stage in stages.values():
         initialize(stage, seed)
-    return _share(model, stages, mesh, slots=slots, dtype=dtype, device=device)
+    return _share(model, stages, mesh, at)
 
 
-def _empty_stages(
-    model: ModelConfig, tp: int, pp: int, rank: int, dtype: torch.dtype, device: torch.device
-) -> tuple[dict[int, GPT], Mesh]:
-    kind = "real" if tp * pp > 1 else "single"
-    mesh = Mesh({"pp": pp, "tp": tp}, rank=rank, kind=kind, factors=mesh_factors(model, tp))
-    with default_dtype(dtype):
+def _empty_stages(model: ModelConfig, at: Place) -> tuple[dict[int, GPT], Mesh]:
+    kind = "real" if at.tp * at.pp > 1 else "single"
+    sizes = {"pp": at.pp, "tp": at.tp}
+    mesh = Mesh(sizes, rank=at.rank, kind=kind, factors=mesh_factors(model, at.tp))
+    placement = tuple(range(at.pp))
+    with default_dtype(at.dtype):
         stages = build_stages(
-            model,
-            mesh,
-            placement=tuple(range(pp)),
-            layers=None,
-            sequence_parallel=False,
-            seed=0,
+            model, mesh, placement=placement, layers=None, sequence_parallel=False, seed=0
         )
-    return {number: stage.to(device) for number, stage in stages.items()}, mesh
+    return {number: stage.to(at.device) for number, stage in stages.items()}, mesh
 
 
-def _share(
-    model: ModelConfig,
-    stages: Mapping[int, GPT],
-    mesh: Mesh,
-    *,
-    slots: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Share:
+def _share(model: ModelConfig, stages: Mapping[int, GPT], mesh: Mesh, at: Place) -> Share:
     @lru_cache(maxsize=1)
     def schedule(num_microbatches: int) -> Schedule:
-        return gpipe(mesh.sizes["pp"], num_microbatches)
+        return gpipe(at.pp, num_microbatches)
 
     pipeline = Pipeline(
-        schedule,
-        stages,
-        mesh,
-        dtype=dtype,
-        device=device,
-        enter=_nothing,
-        reduce=_nothing,
+        schedule, stages, mesh, dtype=at.dtype, device=at.device, enter=_nothing, reduce=_nothing
     )
-    return make_share(model, stages, pipeline, slots=slots)
+    return make_share(model, stages, pipeline, slots=at.slots)
 
 
 def _nothing(number: int) -> None:

@@ -1,7 +1,7 @@
 """An engine on ranks of its own, reached through a socket: what it is asked, and what it answers.
 
-The process that asks is no rank. It takes Remote for a Generation: `submit`, `cancel` and `step` are
-the same, except that `step` waits for what the ranks have made. Each message is a line of JSON.
+The process that asks is no rank. It takes Remote for a Generation: `submit`, `cancel` and `step`
+are the same, except that `step` waits for what the ranks have made. Each message is a line of JSON.
 Rank 0 runs the Generation and leads; the others follow.
 """
 
@@ -26,7 +26,7 @@ from megalite.core.config import ModelConfig
 from megalite.core.errors import RunError
 from megalite.core.precision import dtype_of
 from megalite.generate.engine import Event, Generation, Request, check_request
-from megalite.generate.load import load_share, open_checkpoint
+from megalite.generate.load import Place, load_share, open_checkpoint
 from megalite.generate.sample import Likely, Sampling
 from megalite.generate.share import Leader, follow
 
@@ -165,8 +165,7 @@ def serve(rank: int, world: int, *, path: str, how: dict[str, Any], meet_at: str
     device = torch.device(asked.device)
     if device.type == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
-    share = load_share(
-        open_checkpoint(Path(path)),
+    place = Place(
         slots=asked.slots,
         dtype=dtype_of(asked.precision, device),
         device=device,
@@ -174,6 +173,7 @@ def serve(rank: int, world: int, *, path: str, how: dict[str, Any], meet_at: str
         pp=asked.pp,
         rank=rank,
     )
+    share = load_share(open_checkpoint(Path(path)), place)
     if rank > 0:
         follow(share)
         return

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,16 +64,21 @@ def make_share(
     model: ModelConfig, stages: Mapping[int, GPT], pipeline: Pipeline, *, slots: int
 ) -> Share:
     """A share with the stages of this rank; without a cache if some attention keeps no keys."""
-    attention = {
+    attention: dict[int, Any] = {  # a fork's own, or ours
         int(number): layer.attention
         for stage in stages.values()
         for number, layer in stage.layers.items()
     }
-    room = {"slots": slots, "seq_len": model.seq_len, "device": pipeline.device}
+    memory: Memory = Texts(slots=slots, seq_len=model.seq_len, device=pipeline.device)
     if all(getattr(a, "keeps_keys", False) for a in attention.values()):
-        heads = {number: (a.kv_heads, a.head_dim) for number, a in attention.items()}
-        return Share(model, pipeline, KeyValues(heads, dtype=pipeline.dtype, **room), slots)
-    return Share(model, pipeline, Texts(**room), slots)
+        memory = KeyValues(
+            {number: (a.kv_heads, a.head_dim) for number, a in attention.items()},
+            slots=slots,
+            seq_len=model.seq_len,
+            dtype=pipeline.dtype,
+            device=pipeline.device,
+        )
+    return Share(model, pipeline, memory, slots)
 
 
 class Leader:

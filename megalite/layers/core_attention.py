@@ -42,9 +42,7 @@ class CoreAttention:
     starts: Tensor | None = None
     """[length, b]: that of the call."""
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, q_at: Tensor, k_at: Tensor | None
-    ) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, q_at: Tensor, k_at: Tensor | None) -> Tensor:
         """Queries [b, n, q, d] over keys and values [b, m, k, d] at these positions: [b, n, q, d].
 
         `k_at` that is `q_at` itself says that all are here, in order; None, that each query sees

@@ -66,11 +66,10 @@ class Exam:
         Greedily. All ranks call it together; each data rank answers its share.
         """
         dp, decode = engine.mesh.axis("dp"), self.template.tokenizer.decode
-        share = make_share(
-            engine.config.model, engine.stages, engine.pipeline, slots=AT_ONCE
-        )
+        share = make_share(engine.config.model, engine.stages, engine.pipeline, slots=AT_ONCE)
         generation = Generation(share)
-        asked = {generation.submit(self._request(a)): a for a in self.asked[:count][dp.idx :: dp.size]}
+        mine = self.asked[:count][dp.idx :: dp.size]
+        asked = {generation.submit(self._request(each)): each for each in mine}
         said: dict[int, list[int]] = {number: [] for number in asked}
         ended: dict[int, str] = {}
         # A data rank that has no questions left takes part in what the others' answers need.

@@ -156,7 +156,8 @@ def engine_of(
 ) -> Engine:
     """The engine of this rank, in the process group that there is."""
     kind = "real" if world > 1 else "single"
-    mesh = Mesh(mesh_sizes(config, world), rank=rank, kind=kind, factors=mesh_factors(config.model, config.layout.tp))
+    sizes, factors = mesh_sizes(config, world), mesh_factors(config.model, config.layout.tp)
+    mesh = Mesh(sizes, rank=rank, kind=kind, factors=factors)
     here = torch.device("cpu" if device == "cpu" else f"cuda:{torch.cuda.current_device()}")
     return build_engine(config, mesh, device=here, dtype=DTYPES[precision], **kwargs)
 

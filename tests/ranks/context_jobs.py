@@ -25,6 +25,7 @@ def core_of(how: dict[str, Any], samples: torch.Tensor) -> CoreAttention:
         "p": 0.0,
         "key": 7,
         "first_head": 8,
+        "layer": 0,
     }
     return CoreAttention(samples=samples, **{**plain, **how})
 

@@ -25,11 +25,11 @@ from megalite.core.mesh import Mesh
 from megalite.core.params import named_parameters, traits_of
 from megalite.core.shard import slices
 from megalite.data.loader import Synthetic
-from megalite.generate.engine import generate, logits_of
+from megalite.generate.engine import Request, complete
 from megalite.generate.sample import Sampling
+from megalite.generate.share import make_share
 from megalite.optim.lr import learning_rate
 from megalite.train.build import Engine, build_loader
-from megalite.train.evaluate import pipeline_logits
 from megalite.train.steps import Steps
 from tests.ranks.jobs import engine_of
 
@@ -206,21 +206,12 @@ def choose(rank: int, world: int, run: str, blind: list[int]) -> dict:
 
 
 def greedy(rank: int, world: int, config: dict) -> list[list[int]]:
-    """What the initial model says to three prompts; one process asks the plain model."""
+    """What the initial model says to three prompts."""
     engine = engine_of(Config.from_dict(config), rank, world, "float32")
-    if world == 1:
-        next_logits = logits_of(engine.stages[0])
-    else:
-        next_logits = pipeline_logits(engine)
-    prompts = [[3], [5, 1, 4, 1], list(range(20))]
-    return generate(
-        next_logits,
-        prompts,
-        Sampling(temperature=0.0),
-        max_tokens=12,
-        seq_len=engine.config.model.seq_len,
-        device=torch.device("cpu"),
-    )
+    share = make_share(engine.config.model, engine.stages, engine.pipeline, slots=2)
+    prompts = [[3], [5, 1, 4, 1], [9, 2]]
+    how = Sampling(temperature=0.0)
+    return complete(share, [Request(tokens=p, how=how, max_tokens=8) for p in prompts])
 
 
 def losses_of(engine: Engine, samples: int, steps: int) -> list[float]:

@@ -5,30 +5,30 @@ import math
 import pytest
 import torch
 
-from megalite.generate.sample import Sampling, pick, probabilities
+from megalite.generate.sample import Draw, Sampling, likelihood, pick, probabilities
 
 INF = float("inf")
 # Probabilities 0.5, 0.25, 0.125, 0.125 at temperature 1, out of order.
-P = torch.tensor([[0.125, 0.5, 0.125, 0.25]])
+P = torch.tensor([0.125, 0.5, 0.125, 0.25])
 LOGITS = P.log()
 
 
-def shares(logits=LOGITS, **how):
-    return probabilities(logits, Sampling(temperature=how.pop("temperature", 1.0), **how))[0]
+def shares(logits=LOGITS, text=(), **how):
+    return probabilities(logits, Sampling(temperature=how.pop("temperature", 1.0), **how), text)
 
 
 def test_temperature_one_is_the_softmax():
-    assert torch.allclose(shares(), P[0].double())
+    assert torch.allclose(shares(), P.double())
 
 
 def test_temperature_zero_is_the_most_likely_and_the_first_of_equals():
     assert shares(temperature=0.0).tolist() == [0, 1, 0, 0]
-    assert shares(torch.tensor([[1.0, 3.0, 3.0]]), temperature=0.0).tolist() == [0, 1, 0]
+    assert shares(torch.tensor([1.0, 3.0, 3.0]), temperature=0.0).tolist() == [0, 1, 0]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
 def test_temperature_divides_the_logits(temperature):
-    want = torch.softmax(LOGITS.double() / temperature, -1)[0]
+    want = torch.softmax(LOGITS.double() / temperature, -1)
     assert torch.allclose(shares(temperature=temperature), want)
 
 
@@ -58,7 +58,7 @@ def test_top_k_keeps_the_k_most_likely(k, want):
     ],
 )
 def test_top_p_keeps_the_fewest_that_reach_p(p, want):
-    exact = torch.tensor([[0.125, 0.5, 0.125, 0.25]], dtype=torch.float64).log()
+    exact = torch.tensor([0.125, 0.5, 0.125, 0.25], dtype=torch.float64).log()
     assert shares(exact, top_p=p).tolist() == pytest.approx(want)
 
 
@@ -70,17 +70,53 @@ def test_top_k_and_top_p_hold_together():
 @pytest.mark.parametrize("temperature", [0.0, 1e-320, 1e-9, 0.7, 1e9])
 @pytest.mark.parametrize("how", [{}, {"top_k": 2}, {"top_p": 0.6}, {"top_k": 3, "top_p": 0.9}])
 def test_shares_sum_to_one_and_masked_tokens_have_none(temperature, how):
-    logits = torch.tensor([[-INF, 300.0, -INF, 299.0, -300.0], [0.0, -INF, -INF, -INF, -INF]])
-    found = probabilities(logits, Sampling(temperature=temperature, **how))
-    assert torch.isfinite(found).all() and (found >= 0).all()
-    assert found.sum(-1).tolist() == pytest.approx([1, 1])
-    assert (found[logits == -INF] == 0).all()
+    for row in ([-INF, 300.0, -INF, 299.0, -300.0], [0.0, -INF, -INF, -INF, -INF]):
+        logits = torch.tensor(row)
+        found = shares(logits, temperature=temperature, **how)
+        assert torch.isfinite(found).all() and (found >= 0).all()
+        assert found.sum().item() == pytest.approx(1)
+        assert (found[logits == -INF] == 0).all()
+
+
+def test_min_p_keeps_what_is_likely_beside_the_most_likely():
+    assert shares(min_p=0.49).tolist() == pytest.approx([0, 2 / 3, 0, 1 / 3])
+    assert shares(min_p=0.51).tolist() == [0, 1, 0, 0]
+    assert shares(min_p=1.0).tolist() == [0, 1, 0, 0]
+
+
+def test_repetition_penalty_divides_logits_above_0_and_multiplies_those_below():
+    logits = torch.tensor([2.0, -1.0, 2.0, -1.0])
+    want = torch.softmax(torch.tensor([1.0, -2.0, 2.0, -1.0], dtype=torch.float64), -1)
+    assert torch.allclose(shares(logits, text=[0, 1, 0], repetition_penalty=2.0), want)
+    # The most likely token is the most likely after the penalty.
+    how = Sampling(temperature=0.0, repetition_penalty=2.0)
+    assert pick(logits, Draw(how, [0, 1])) == 2
+
+
+@pytest.mark.parametrize("how", [{"top_p": 0.9}, {"top_k": 40}, {"min_p": 0.05}, {"top_p": 0.999}])
+def test_candidates_lose_nothing_of_a_full_sort(how):
+    logits = torch.randn(5000, generator=torch.Generator().manual_seed(2)).double() * 3
+    p = torch.softmax(logits, -1)
+    ranked, order = p.sort(descending=True, stable=True)
+    keep = (ranked.cumsum(-1) - ranked < how.get("top_p", 1.0)) & (
+        ranked >= how.get("min_p", 0.0) * ranked[0]
+    )
+    keep[how.get("top_k", len(p)) :] = False
+    want = torch.zeros_like(p).scatter(0, order, ranked * keep / (ranked * keep).sum())
+    assert ((shares(logits, **how) - want).abs() <= 1e-12).all()
+
+
+def test_likelihood_is_the_softmax_at_temperature_one():
+    (told,) = likelihood(LOGITS[None], [3], 2)
+    assert told.token == 3 and told.logprob == pytest.approx(math.log(0.25))
+    assert [i for i, _ in told.rivals] == [1, 3]
+    assert [p for _, p in told.rivals] == pytest.approx([math.log(0.5), math.log(0.25)])
+    assert likelihood(LOGITS[None], [0], 99)[0].rivals[-1][1] == pytest.approx(math.log(0.125))
 
 
 def draw(how, requests, positions, logits=LOGITS):
-    rows = logits.expand(len(requests), -1)
-    asked = {"requests": torch.tensor(requests), "position": torch.tensor(positions)}
-    return pick(rows, how, **asked).tolist()
+    asked = zip(requests, positions, strict=True)
+    return [pick(logits, Draw(how, [0] * place, number)) for number, place in asked]
 
 
 def test_draw_depends_on_seed_request_and_position_alone():
@@ -98,10 +134,10 @@ def test_draw_depends_on_seed_request_and_position_alone():
 
 @pytest.mark.parametrize("how", [{}, {"temperature": 0.6}, {"top_k": 3}, {"top_p": 0.8}])
 def test_frequencies_match_the_distribution(how):
-    draws = 20_000
-    logits = torch.linspace(-2, 1, 7)[None]
+    draws = 4_000
+    logits = torch.linspace(-2, 1, 7)
     sampling = Sampling(**{"temperature": 1.0, "seed": 11, **how})
-    want = probabilities(logits, sampling)[0] * draws
+    want = probabilities(logits, sampling) * draws
     found = torch.bincount(
         torch.tensor(draw(sampling, [0] * draws, list(range(draws)), logits)), minlength=7
     )

@@ -21,6 +21,7 @@ def core_of(**how):
         "p": 0.0,
         "key": 7,
         "first_head": 0,
+        "layer": 0,
     }
     return CoreAttention(samples=torch.arange(B), **{**plain, **how})
 

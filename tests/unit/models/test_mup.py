@@ -12,11 +12,11 @@ from functools import cache
 import pytest
 import torch
 
+from megalite.core.call import Call
 from megalite.core.config import Config, ModelConfig, OptimConfig, TrainConfig
 from megalite.core.mesh import Mesh
 from megalite.core.params import named_parameters, traits_of
 from megalite.data.loader import Synthetic
-from megalite.generate.engine import inference_call
 from megalite.train.build import build_engine, build_loader
 from megalite.train.loop import train_step
 
@@ -52,7 +52,8 @@ def moved(width: int, mup: bool) -> dict[str, float]:
 
     @torch.no_grad()
     def look() -> dict[str, torch.Tensor]:
-        logits = stage(None, inference_call(probe))
+        at, samples = torch.arange(len(probe)), torch.zeros(1, dtype=torch.int64)
+        logits = stage(None, Call(probe, None, at, samples, training=False))
         return {"logits": logits.clone(), **seen}
 
     loader = build_loader(engine, data)

@@ -15,7 +15,8 @@ import torch
 from megalite.core.config import Config, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
 from megalite.core.mesh import Mesh
 from megalite.data.loader import Synthetic
-from megalite.train.build import build_engine, build_loader, mesh_factors, mesh_sizes
+from megalite.models.build import mesh_factors
+from megalite.train.build import build_engine, build_loader, mesh_sizes
 from megalite.train.loop import train_step
 
 MODEL = ModelConfig(
@@ -38,7 +39,7 @@ def sent(
     config = Config(model=model, layout=LayoutConfig(**layout), optim=optim, train=train)
     world = layout.get("tp", 1) * layout.get("pp", 1) * dp
     config.check(world)
-    sizes, factors = mesh_sizes(config, world), mesh_factors(config)
+    sizes, factors = mesh_sizes(config, world), mesh_factors(config.model, config.layout.tp)
     kind = "fake" if world > 1 else "single"
     mesh = Mesh(sizes, rank=rank, kind=kind, factors=factors)
     engine = build_engine(config, mesh, device=CPU, dtype=torch.float32)
