@@ -7,7 +7,7 @@ a layer: `seq_cut` is None when decoding or where tp is 1, `context` when decodi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -60,6 +60,13 @@ class Cached:
     rows: tuple[int, ...]
     """[b]: how many of its s tokens in this call count; what follows is padding."""
 
+    @cached_property
+    def next_places(self) -> tuple[Tensor, Tensor]:
+        """Slot and place of each request's next token, as indices: [b] and [b]."""
+        device = next(iter(self.layers.values()))[0].device
+        both = torch.tensor((self.slots, self.before), device=device)
+        return both[0], both[1]
+
 
 @dataclass(frozen=True, eq=False)
 class Call:
@@ -93,6 +100,8 @@ class Call:
     """Where attention keeps keys and values, and finds earlier ones; None: all are in the call."""
     counted: Tensor | None = None
     """[s, b] int64: places of the tokens, where they are not counted from `positions`."""
+    known: dict[Hashable, tuple[Tensor, ...]] = field(default_factory=dict, init=False)
+    """What layers have computed that is the same for all of them."""
     wanted: Tensor | None = None
     """[w] int64: the rows of [s b] whose logits are wanted, which are then [w, 1, v/tp]."""
 

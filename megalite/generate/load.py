@@ -11,6 +11,7 @@ import torch
 
 from megalite.checkpoint.load import Reader, load_weights
 from megalite.checkpoint.manifest import Manifest, newest
+from megalite.core import matmul
 from megalite.core.config import Config, LayoutConfig, ModelConfig, run_directory
 from megalite.core.errors import CheckpointError
 from megalite.core.mesh import Mesh
@@ -18,6 +19,8 @@ from megalite.core.params import initialize, named_parameters
 from megalite.core.precision import default_dtype
 from megalite.data.tokenizer import Tokenizer
 from megalite.generate.share import Share, make_share
+from megalite.layers.attention import Attention
+from megalite.layers.linear import ColumnLinear, RowLinear
 from megalite.models.build import build_stages, mesh_factors
 from megalite.models.gpt import GPT
 from megalite.parallel.pipeline import Pipeline
@@ -107,6 +110,8 @@ def _empty_stages(model: ModelConfig, at: Place) -> tuple[dict[int, GPT], Mesh]:
 
 
 def _share(model: ModelConfig, stages: Mapping[int, GPT], mesh: Mesh, at: Place) -> Share:
+    _pack(stages)
+
     @lru_cache(maxsize=1)
     def schedule(num_microbatches: int) -> Schedule:
         return gpipe(at.pp, num_microbatches)
@@ -115,6 +120,19 @@ def _share(model: ModelConfig, stages: Mapping[int, GPT], mesh: Mesh, at: Place)
         schedule, stages, mesh, dtype=at.dtype, device=at.device, enter=_nothing, reduce=_nothing
     )
     return make_share(model, stages, pipeline, slots=at.slots)
+
+
+def _pack(stages: Mapping[int, GPT]) -> None:
+    """Lay weights out for generation, unless a fork's attention may look at them in its own way."""
+    for stage in stages.values():
+        if any(type(layer.attention) is not Attention for layer in stage.layers.values()):
+            return
+        for module in stage.modules():
+            if isinstance(module, ColumnLinear | RowLinear):
+                matmul.pack(module.weight, keep=False)
+        if stage.last:
+            tied = stage.cfg.tie_embeddings
+            matmul.pack(stage.embedding.weight if tied else stage.head, keep=tied)
 
 
 def _nothing(number: int) -> None:

@@ -80,30 +80,23 @@ def probabilities(logits: Tensor, how: Sampling, text: Sequence[int] = ()) -> Te
     p = torch.softmax((wide - wide.max()) / how.temperature, dim=-1)
     if how.top_k == 0 and how.top_p == 1 and how.min_p == 0:
         return p
-    ids = _candidates(p, how)
+    ids = (p >= _least(p, how)).nonzero().squeeze(-1)
     ranked, order = p[ids].sort(descending=True, stable=True)
-    if how.top_k > 0:
-        ranked = ranked[: how.top_k]
+    ranked = ranked[: how.top_k or None]
+    whole = ranked.sum() if how.top_k else p.sum()
     # A token stays if the ones before it have not reached top_p yet: the first always does.
-    before = (ranked.cumsum(-1) - ranked) / _whole(p, ranked, how)
+    before = (ranked.cumsum(-1) - ranked) / whole
     ranked = ranked[(before < how.top_p) & (ranked >= how.min_p * ranked[0])]
     return torch.zeros_like(p).index_put((ids[order[: len(ranked)]],), ranked / ranked.sum())
 
 
-def _candidates(p: Tensor, how: Sampling) -> Tensor:
-    """Ids of the tokens among which all lie that are kept: few, where sorting all takes long."""
-    least = torch.zeros((), dtype=p.dtype, device=p.device)
-    if 0 < how.top_k < len(p):
-        least = p.topk(how.top_k).values[-1]
-    elif how.top_p < 1:
-        # All tokens lighter than this are together lighter than what the nucleus leaves out.
-        least = least + 0.5 * (1 - how.top_p) / len(p)
-    return (p >= torch.maximum(least, how.min_p * p.max())).nonzero().squeeze(-1)
-
-
-def _whole(p: Tensor, ranked: Tensor, how: Sampling) -> Tensor:
-    """What the nucleus is a share of: all tokens, or the k most likely."""
-    return ranked.sum() if how.top_k > 0 else p.sum()
+def _least(p: Tensor, how: Sampling) -> Tensor:
+    """A probability below which no token is kept: to sort all that are above takes less time."""
+    if how.top_k > 0:
+        return p.topk(min(how.top_k, len(p))).values[-1]
+    # All tokens lighter than this are together lighter than what the nucleus leaves out.
+    light = 0.5 * (1 - how.top_p) / len(p)
+    return (how.min_p * p.max()).clamp(min=light)
 
 
 @dataclass(frozen=True)

@@ -57,26 +57,53 @@ def _cached(core: CoreAttention, q: Tensor, k: Tensor, v: Tensor, cache: Cached)
 
     One by one, so that what a request computes depends on nothing else in the batch.
     """
+    each = _next_tokens if max(cache.rows) == 1 else _chunks
+    return each(core, q, k, v, cache, *cache.layers[core.layer])
+
+
+def _next_tokens(
+    core: CoreAttention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: Cached,
+    keys: Tensor,
+    values: Tensor,
+) -> Tensor:
+    """One token of each request: [1, b, n, d]."""
+    slots, places = cache.next_places
+    keys[slots, :, places], values[slots, :, places] = k[0], v[0]  # [b, m, d]
+    # As all keys are seen, the queries of one kv head can stand in the place of a sequence of them.
+    q = q[0].unflatten(1, (k.shape[2], -1))  # [b, m, n/m, d]
+    made = []
+    for i, (slot, before) in enumerate(zip(cache.slots, cache.before, strict=True)):
+        first = 0 if core.window is None else max(0, before + 1 - core.window)
+        seen = (slice(slot, slot + 1), slice(None), slice(first, before + 1))
+        made.append(core.attend(q[i : i + 1], keys[seen], values[seen], cache.next_places[1], None))
+    return torch.cat(made).flatten(1, 2).unsqueeze(0)
+
+
+def _chunks(
+    core: CoreAttention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: Cached,
+    keys: Tensor,
+    values: Tensor,
+) -> Tensor:
+    """Up to s tokens of each request: [s, b, n, d], zeros where it has fewer."""
     q, k, v = map(heads_first, (q, k, v))
-    keys, values = cache.layers[core.layer]
     y = torch.zeros_like(q)
     for i, (slot, before, rows) in enumerate(
         zip(cache.slots, cache.before, cache.rows, strict=True)
     ):
-        end = before + rows
-        keys[slot, :, before:end] = k[i, :, :rows]
-        values[slot, :, before:end] = v[i, :, :rows]
-        first, at = 0, torch.arange(end, device=q.device)
-        seen_by_one = at if rows > 1 else None
-        if rows == 1 and core.window is not None:
-            first = max(0, end - core.window)
-        y[i : i + 1, :, :rows] = core.attend(
-            q[i : i + 1, :, :rows],
-            keys[slot : slot + 1, :, first:end],
-            values[slot : slot + 1, :, first:end],
-            at[before:] if before else at,
-            seen_by_one,
-        )
+        end, mine = before + rows, slice(i, i + 1)
+        keys[slot, :, before:end], values[slot, :, before:end] = k[i, :, :rows], v[i, :, :rows]
+        at = torch.arange(end, device=q.device)
+        seen = (slice(slot, slot + 1), slice(None), slice(end))
+        q_at = at[before:] if before else at
+        y[mine, :, :rows] = core.attend(q[mine, :, :rows], keys[seen], values[seen], q_at, at)
     return seq_first(y)
 
 

@@ -30,6 +30,10 @@ from megalite.core.params import (
 # s sequence, b micro batch, i inputs, o outputs; s/tp means cut over the tp axis
 
 
+Params = tuple[nn.Parameter, nn.Parameter | None]
+"""Weight and bias."""
+
+
 def _rows(x: Tensor) -> Tensor:
     return x.flatten(0, -2)
 
@@ -73,7 +77,14 @@ def _tracked(x: Tensor) -> Tensor:
     Parameters go in a tuple, out of autograd's sight: their gradients are added by hand, once, and
     autograd would call their hooks a second time.
     """
-    return x if x.requires_grad or not torch.is_grad_enabled() else x.detach().requires_grad_()
+    return x if x.requires_grad else x.detach().requires_grad_()
+
+
+def _column(x: Tensor, params: Params, tp: Axis, call: Call) -> Tensor:
+    weight, bias = params
+    if call.seq_cut is None:
+        return matmul.linear(x, weight, bias)  # [s, b, o/tp]
+    return _gathered_product(x, weight, call.seq_cut, bias)[1]  # from [s/tp, b, i]
 
 
 class _Column(torch.autograd.Function):
@@ -82,11 +93,7 @@ class _Column(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.params, ctx.tp, ctx.seq_cut = params, tp, call.seq_cut
         ctx.jobs, ctx.beside = call.weight_jobs, call.beside
-        weight, bias = params
-        if call.seq_cut is None:
-            alone = call.cache is not None
-            return matmul.linear(x, weight, bias, rows_alone=alone)  # [s, b, o/tp]
-        return _gathered_product(x, weight, call.seq_cut, bias)[1]  # from [s/tp, b, i]
+        return _column(x, params, tp, call)
 
     @staticmethod
     def backward(ctx, dy):
@@ -102,18 +109,21 @@ class _Column(torch.autograd.Function):
         return summing.wait(), None, None, None
 
 
+def _row(x: Tensor, params: Params, tp: Axis, call: Call) -> Tensor:
+    weight, bias = params
+    y = matmul.linear(x, weight)  # [s, b, o], partial over tp
+    cut = call.seq_cut
+    y = comm.reduce_scatter(y, cut) if cut else comm.all_reduce(y, tp)
+    return y if bias is None else y.add_(bias)
+
+
 class _Row(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, params, tp, call):
         ctx.save_for_backward(x)
         ctx.params, ctx.tp, ctx.seq_cut = params, tp, call.seq_cut
         ctx.jobs, ctx.beside = call.weight_jobs, call.beside
-        weight, bias = params
-        alone = call.cache is not None
-        y = matmul.linear(x, weight, rows_alone=alone)  # [s, b, o], partial over tp
-        cut = call.seq_cut
-        y = comm.reduce_scatter(y, cut) if cut else comm.all_reduce(y, tp)
-        return y if bias is None else y.add_(bias)
+        return _row(x, params, tp, call)
 
     @staticmethod
     def backward(ctx, dy):
@@ -138,6 +148,8 @@ def column_linear(
     x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, tp: Axis, call: Call
 ) -> Tensor:
     """[s or s/tp, b, i] times a column-cut weight: [s, b, o/tp]."""
+    if not torch.is_grad_enabled():
+        return _column(x, (weight, bias), tp, call)
     return _Column.apply(_tracked(x), (weight, bias), tp, call)
 
 
@@ -145,6 +157,8 @@ def row_linear(
     x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, tp: Axis, call: Call
 ) -> Tensor:
     """[s, b, i/tp] times a row-cut weight, summed over tp: [s or s/tp, b, o]."""
+    if not torch.is_grad_enabled():
+        return _row(x, (weight, bias), tp, call)
     return _Row.apply(_tracked(x), (weight, bias), tp, call)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from megalite.core.call import Call
@@ -17,16 +16,12 @@ class Rope:
 
     def __init__(self, cfg: ModelConfig):
         self.head_dim, self.theta = cfg.head_dim, cfg.rope_theta
-        self._places: Tensor | None = None
-        self._angles: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, x: Tensor, call: Call) -> Tensor:
-        """`x` rotated; the angles are kept until a call with other places comes."""
-        return rope(x, *self._angles_of(call.places, x.dtype))
-
-    def _angles_of(self, places: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        kept = self._angles
-        if kept is None or self._places is not places or kept[0].dtype != dtype:
-            kept = rope_angles(places, self.head_dim, self.theta, dtype)
-            self._places, self._angles = places, kept
-        return kept
+        """`x` rotated."""
+        name = ("rope", self.head_dim, self.theta, x.dtype)
+        if name not in call.known:
+            angles = rope_angles(call.places, self.head_dim, self.theta, x.dtype)
+            call.known[name] = angles
+        cos, sin = call.known[name]
+        return rope(x, cos, sin)

@@ -30,11 +30,17 @@ class Server:
         self._path = parts.path.rstrip("/").removesuffix("/v1")
         self._headers = {"Content-Type": "application/json"}
         if token_file:
-            token = Path(token_file).read_text(encoding="ascii").strip()
+            try:
+                token = Path(token_file).read_text(encoding="ascii").strip()
+            except OSError as error:
+                raise UserError(f"--token-file {token_file}: {error.strerror}") from None
             self._headers["Authorization"] = f"Bearer {token}"
         self._trust = None
         if parts.scheme == "https":
-            self._trust = ssl.create_default_context(cafile=ca_file or None)
+            try:
+                self._trust = ssl.create_default_context(cafile=ca_file or None)
+            except OSError as error:
+                raise UserError(f"--ca-file {ca_file}: {error.strerror or error}") from None
 
     def model(self) -> str:
         """The name of the first model that the server has."""

@@ -224,12 +224,24 @@ GENERATE = [
     ("run def --max-tokens -3", "--max-tokens -3: must be an integer >= 1"),
     ("run def --seed 1.5", "--seed 1.5: expected an integer"),
     ("run def more", "unexpected argument 'more' (see megalite generate --help)"),
+    ("run def --min-p 2", "--min-p 2: must be a finite number in [0, 1]"),
+    ("run def --repetition-penalty 0", "--repetition-penalty 0: must be a finite number > 0"),
     ("run def --temprature 1", "unknown option --temprature (did you mean --temperature?)"),
+]
+
+CHAT = [
+    ("", "chat: name a run directory or --url, one of the two"),
+    ("run --url http://127.0.0.1:1", "chat: name a run directory or --url, one of the two"),
+    ("--url ftp://there", "--url ftp://there: expected http://HOST:PORT or https://HOST"),
+    (
+        "--url http://127.0.0.1:1 --token-file absent",
+        "--token-file absent: No such file or directory",
+    ),
 ]
 
 KNOWN_VERBS = (
     "corpus, conversations, tokenizer, preprocess, pretrain, sft, verify, inspect, convert, "
-    "generate"
+    "generate, chat"
 )
 VERBS = [
     ("pretain", f"unknown verb 'pretain' (did you mean pretrain? known: {KNOWN_VERBS})"),
@@ -243,6 +255,7 @@ ROWS = (
     + [(f"pretrain {argv}", 1, text, USER) for argv, text in COMMAND_LINE]
     + [(f"pretrain {argv}", 1, text, DATA) for argv, text in MISSING_DATA]
     + [(f"generate {argv}", 1, text, USER) for argv, text in GENERATE]
+    + [(f"chat {argv}", 1, text, USER) for argv, text in CHAT]
     + [(argv, 1, text, USER) for argv, text in VERBS]
 )
 
