@@ -85,6 +85,11 @@ VERBS: dict[str, Verb] = {
         schema="megalite.train.convert:OneFileArgs",
         function="megalite.train.convert:one_file",
     ),
+    "convert merge-lora": Verb(
+        about="make adapters a part of the weights beside them, in a new run",
+        schema="megalite.train.merge:MergeArgs",
+        function="megalite.train.merge:merge_lora",
+    ),
     "generate": Verb(
         about="go on from a prompt with a trained model",
         schema="megalite.serve.talk_args:GenerateArgs",
@@ -94,6 +99,11 @@ VERBS: dict[str, Verb] = {
         about="talk with a fine-tuned model in the terminal",
         schema="megalite.serve.talk_args:ChatArgs",
         function="megalite.serve.chat:chat",
+    ),
+    "serve": Verb(
+        about="serve a model to OpenAI's clients and to a page",
+        schema="megalite.serve.serve_args:ServeArgs",
+        function="megalite.serve.server:serve",
     ),
 }
 

@@ -27,7 +27,7 @@ TORCH_WITHOUT_GPU, TORCH_WITH_GPU = "torch==2.13.0", "torch>=2.11"
 DISK_GB = 5
 # What must import before the environment counts as complete.
 MODULES = ["torch", "numpy", "regex", "tensorboard", "safetensors", "tyro", "tqdm", "matplotlib"]
-MODULES += ["pytest", "hypothesis", "setuptools"]
+MODULES += ["fastapi", "uvicorn", "pytest", "hypothesis", "setuptools"]
 
 
 class SetupError(Exception):

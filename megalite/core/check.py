@@ -56,13 +56,13 @@ RULES: dict[str, Callable[[float], bool]] = {
 # Rule -> the fields that obey it. A number of Config that is named nowhere here fails a test.
 FIELDS: dict[str, str] = {
     "> 0": "norm_eps rope_theta logit_soft_cap attention_soft_cap init_std bucket_mb lr eps "
-    "initial_loss_scale min_loss_scale repetition_penalty",
+    "initial_loss_scale min_loss_scale repetition_penalty max_seconds lora_alpha",
     ">= 0": "z_loss temperature top_k zero warmup_steps weight_decay clip_grad seed eval_interval "
-    "save_interval loss_scale",
+    "save_interval loss_scale port max_queue lora_rank",
     ">= 1": "num_layers hidden_size num_heads num_kv_heads ffn_hidden_size vocab_size seq_len "
     "sliding_window mup_base_width tp pp cp dp vpp recompute_layers micro_batch_size "
     "global_batch_size train_steps log_interval eval_samples world max_tokens num_samples random "
-    "max_ranks steps loss_scale_window hysteresis",
+    "max_ranks steps loss_scale_window hysteresis slots",
     "in [0, 1)": "dropout attention_dropout label_smoothing beta1 beta2 momentum",
     "in (0, 1]": "wsd_decay_share top_p",
     "in [0, 1]": "min_lr_ratio min_p",

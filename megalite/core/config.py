@@ -85,10 +85,28 @@ class ModelConfig:
     """Spread of initial weights; projections into the residual divide it by sqrt(2 x layers)."""
     mup_base_width: int | None = None
     """muP: --lr and --init-std are right at this hidden size, and stay so at any (None: off)."""
+    lora_rank: int = 0
+    """Learn two thin matrices of this rank beside each of --lora-targets, and nothing else (0: all
+    weights)."""
+    lora_alpha: float = 16.0
+    """Their product counts this much, divided by the rank."""
+    lora_targets: tuple[Literal["qkv", "out", "up", "down"], ...] = ("qkv", "out", "up", "down")
+    """Linears of a layer that have them: attention's qkv and out, the MLP's up and down."""
 
     @property
     def kv_heads(self) -> int:
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    def lora(self, linear: str) -> tuple[int, float] | None:
+        """Rank and scale of the adapter beside a linear, by its name; None where there is none."""
+        return (
+            (self.lora_rank, self.lora_alpha / self.lora_rank) if linear in self.adapted else None
+        )
+
+    @property
+    def adapted(self) -> tuple[str, ...]:
+        """Linears of a layer that have an adapter."""
+        return self.lora_targets if self.lora_rank else ()
 
     @property
     def head_dim(self) -> int:

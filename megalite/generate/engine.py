@@ -57,7 +57,7 @@ class Event:
     tokens: tuple[int, ...] = ()
     """New ones."""
     likely: tuple[Likely, ...] = ()
-    """Of each new token, where asked for."""
+    """Of each new token, where asked for, and of the one that ended the text."""
     echoed: tuple[Likely, ...] = ()
     """Of tokens of the prompt, from its second one on, as they are read."""
     ended: str = ""
@@ -199,12 +199,12 @@ class Generation:
             return Event(text.id, ended=LENGTH)
         request = text.request
         token = pick(logits, Draw(request.how, text.tokens, request.number))
-        if token in request.stop:
-            return Event(text.id, ended=STOP)
-        text.tokens.append(token)
         told: list[Likely] = []
         if request.rivals is not None:
             told = likelihood(logits[None], [token], request.rivals)
+        if token in request.stop:
+            return Event(text.id, likely=tuple(told), ended=STOP)
+        text.tokens.append(token)
         ended = LENGTH if self._is_full(text) else ""
         return Event(text.id, tokens=(token,), likely=tuple(told), ended=ended)
 

@@ -54,10 +54,24 @@ class Attention(nn.Module):
         kv = Block(kv_size, ("tp.kv" if shared else "tp", None), ("tp.rep",) if shared else ())
         blocks = (Block(q_size, ("tp", None)), kv, kv)
         self.qkv = ColumnLinear(
-            cfg.hidden_size, blocks, tp, bias=cfg.bias, init=gaussian(cfg.init_std)
+            cfg.hidden_size,
+            blocks,
+            tp,
+            bias=cfg.bias,
+            init=gaussian(cfg.init_std),
+            lora=cfg.lora("qkv"),
+            row_sum=row_sum,
         )
         out = gaussian(cfg.init_std / sqrt(2 * cfg.num_layers))
-        self.out = RowLinear(q_size, cfg.hidden_size, tp, bias=cfg.bias, row_sum=row_sum, init=out)
+        self.out = RowLinear(
+            q_size,
+            cfg.hidden_size,
+            tp,
+            bias=cfg.bias,
+            row_sum=row_sum,
+            init=out,
+            lora=cfg.lora("out"),
+        )
         self.num_heads, self.head_dim = cfg.num_heads // tp.size, cfg.head_dim
         self.kv_heads = max(1, cfg.kv_heads // tp.size)
         self.first_head = tp.idx * self.num_heads

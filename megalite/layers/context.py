@@ -73,14 +73,20 @@ def _next_tokens(
     """One token of each request: [1, b, n, d]."""
     slots, places = cache.next_places
     keys[slots, :, places], values[slots, :, places] = k[0], v[0]  # [b, m, d]
+    made = [
+        _next_token(core, q[0, i], keys[slot], values[slot], before + 1)
+        for i, (slot, before) in enumerate(zip(cache.slots, cache.before, strict=True))
+    ]
+    return torch.cat(made).unsqueeze(0)
+
+
+def _next_token(core: CoreAttention, q: Tensor, k: Tensor, v: Tensor, end: int) -> Tensor:
+    """The last of `end` tokens of one request: [n, d] over [m, length, d] gives [1, n, d]."""
+    first = 0 if core.window is None else max(0, end - core.window)
     # As all keys are seen, the queries of one kv head can stand in the place of a sequence of them.
-    q = q[0].unflatten(1, (k.shape[2], -1))  # [b, m, n/m, d]
-    made = []
-    for i, (slot, before) in enumerate(zip(cache.slots, cache.before, strict=True)):
-        first = 0 if core.window is None else max(0, before + 1 - core.window)
-        seen = (slice(slot, slot + 1), slice(None), slice(first, before + 1))
-        made.append(core.attend(q[i : i + 1], keys[seen], values[seen], cache.next_places[1], None))
-    return torch.cat(made).flatten(1, 2).unsqueeze(0)
+    q = q.unflatten(0, (k.shape[0], -1)).unsqueeze(0)  # [1, m, n/m, d]
+    k, v = k[None, :, first:end], v[None, :, first:end]
+    return core.attend_all(q, k, v).flatten(1, 2)
 
 
 def _chunks(
@@ -100,6 +106,9 @@ def _chunks(
     ):
         end, mine = before + rows, slice(i, i + 1)
         keys[slot, :, before:end], values[slot, :, before:end] = k[i, :, :rows], v[i, :, :rows]
+        if rows == 1:  # as it would be without a longer one beside it
+            y[mine, :, 0] = _next_token(core, q[i, :, 0], keys[slot], values[slot], end)
+            continue
         at = torch.arange(end, device=q.device)
         seen = (slice(slot, slot + 1), slice(None), slice(end))
         q_at = at[before:] if before else at

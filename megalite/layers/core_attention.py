@@ -42,17 +42,16 @@ class CoreAttention:
     starts: Tensor | None = None
     """[length, b]: that of the call."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, q_at: Tensor, k_at: Tensor | None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, q_at: Tensor, k_at: Tensor) -> Tensor:
         """Queries [b, n, q, d] over keys and values [b, m, k, d] at these positions: [b, n, q, d].
 
-        `k_at` that is `q_at` itself says that all are here, in order; None, that each query sees
-        all keys.
+        `k_at` that is `q_at` itself says that all are here, in order.
         """
         in_order = k_at is q_at and self.starts is None
         if self.soft_cap is None and self.p == 0:
             grouped = q.shape[1] != k.shape[1]
             is_causal = in_order and self.window is None
-            mask = None if is_causal or k_at is None else self._mask(q_at, k_at)
+            mask = None if is_causal else self._mask(q_at, k_at)
             return F.scaled_dot_product_attention(
                 q, k, v, mask, is_causal=is_causal, scale=self.scale, enable_gqa=grouped
             )
@@ -65,9 +64,15 @@ class CoreAttention:
             scale=scale,
             causal=in_order,
             window=self.window if in_order else None,
-            mask=None if in_order or k_at is None else self._mask(q_at, k_at),
+            mask=None if in_order else self._mask(q_at, k_at),
         )
-        return (weights if k_at is None else self._dropped(weights, q_at, k_at)) @ v
+        return self._dropped(weights, q_at, k_at) @ v
+
+    def attend_all(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Queries [b, m, q, d], each over all keys and values [b, m, k, d]: as q. No dropout."""
+        if self.soft_cap is None:
+            return F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        return scaled_softmax(self._capped(q @ k.transpose(-1, -2) * self.scale)) @ v
 
     def partial(
         self, q: Tensor, k: Tensor, v: Tensor, q_at: Tensor, k_at: Tensor

@@ -25,6 +25,8 @@ def _local_rows(ids: Tensor, table: Tensor, tp: Axis) -> tuple[Tensor, Tensor]:
 
 
 def _table_grad(table: nn.Parameter, local: Tensor, elsewhere: Tensor, dy: Tensor) -> None:
+    if not table.requires_grad:
+        return
     dy = dy.masked_fill(elsewhere.unsqueeze(-1), 0.0)
     grad = grad_of(table)
     grad.index_add_(0, local.flatten(), dy.flatten(0, 1).to(grad.dtype))

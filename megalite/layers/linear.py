@@ -11,6 +11,7 @@ Korthikanti et al. 2022 (arXiv 2205.05198).
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -22,6 +23,7 @@ from megalite.core.mesh import Axis
 from megalite.core.params import (
     add_weight_grad,
     constant,
+    gaussian,
     grad_of,
     landed,
     new_param,
@@ -29,6 +31,8 @@ from megalite.core.params import (
 
 # s sequence, b micro batch, i inputs, o outputs; s/tp means cut over the tp axis
 
+
+_ALONE = Axis("alone")
 
 Params = tuple[nn.Parameter, nn.Parameter | None]
 """Weight and bias."""
@@ -58,12 +62,14 @@ def _gathered_product(
 
 
 def _weight_grad(weight: nn.Parameter, dy: Tensor, x: Tensor, jobs: list) -> None:
+    if not weight.requires_grad:
+        return
     # Detached: what is left for W would hold the graph that holds it, until a garbage collection.
     jobs.append(partial(add_weight_grad, weight, _rows(dy), _rows(x.detach())))
 
 
 def _bias_grad(bias: nn.Parameter | None, dy: Tensor) -> None:
-    if bias is not None:
+    if bias is not None and bias.requires_grad:
         grad_of(bias).add_(_rows(dy).sum(0))
         landed(bias)
 
@@ -90,7 +96,7 @@ def _column(x: Tensor, params: Params, tp: Axis, call: Call) -> Tensor:
 class _Column(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, params, tp, call):
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x if params[0].requires_grad else None)
         ctx.params, ctx.tp, ctx.seq_cut = params, tp, call.seq_cut
         ctx.jobs, ctx.beside = call.weight_jobs, call.beside
         return _column(x, params, tp, call)
@@ -100,7 +106,7 @@ class _Column(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         weight, bias = ctx.params
         cut = ctx.seq_cut
-        gathering = comm.all_gather_start(x, cut) if cut else None
+        gathering = comm.all_gather_start(x, cut) if cut and weight.requires_grad else None
         dx = matmul.linear(dy, weight.t())
         summing = comm.reduce_scatter_start(dx, cut) if cut else comm.all_reduce_start(dx, ctx.tp)
         _bias_grad(bias, dy)
@@ -120,7 +126,7 @@ def _row(x: Tensor, params: Params, tp: Axis, call: Call) -> Tensor:
 class _Row(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, params, tp, call):
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x if params[0].requires_grad else None)
         ctx.params, ctx.tp, ctx.seq_cut = params, tp, call.seq_cut
         ctx.jobs, ctx.beside = call.weight_jobs, call.beside
         return _row(x, params, tp, call)
@@ -162,8 +168,16 @@ def row_linear(
     return _Row.apply(_tracked(x), (weight, bias), tp, call)
 
 
+def whole_linear(x: Tensor, weight: nn.Parameter, call: Call) -> Tensor:
+    """[..., i] times a weight that every rank holds whole: [..., o], of the rows that are here."""
+    return column_linear(x, weight, None, _ALONE, replace(call, seq_cut=None))
+
+
 class ColumnLinear(nn.Module):
-    """A linear whose outputs are cut over tp. `blocks` are its fused parts (q, k, v; gate, up)."""
+    """A linear whose outputs are cut over tp. `blocks` are its fused parts (q, k, v; gate, up).
+
+    With `lora`, rank and scale, it has an adapter: see Adapter, which `row_sum` is for.
+    """
 
     def __init__(
         self,
@@ -173,24 +187,36 @@ class ColumnLinear(nn.Module):
         *,
         bias: bool,
         init: Callable[[int, Tensor], Tensor],
+        lora: tuple[int, float] | None = None,
+        row_sum: tuple[str, ...] = (),
     ):
         super().__init__()
         self.tp = tp
-        cut = shard.Shard((sum(b.size for b in blocks), d_in), blocks)
+        d_out = sum(b.size for b in blocks)
+        cut = shard.Shard((d_out, d_in), blocks)
         self.weight = new_param(cut, tp.named, init=init)
         self.bias = (
             new_param(shard.without_dim(cut, 1), tp.named, init=constant(0.0)) if bias else None
         )
+        self.lora = None
+        if lora is not None:
+            down = shard.whole(lora[0], d_in, grad_sum=row_sum)
+            self.lora = Adapter(down, shard.Shard((d_out, lora[0]), blocks), tp, scale=lora[1])
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
         """[s or s/tp, b, d_in] -> [s, b, d_out/tp]."""
-        return column_linear(x, self.weight, self.bias, self.tp, call)
+        y = column_linear(x, self.weight, self.bias, self.tp, call)
+        if self.lora is None:
+            return y
+        thin = whole_linear(x, self.lora.down, call) * self.lora.scale  # [s or s/tp, b, r]
+        return y + column_linear(thin, self.lora.up, None, self.tp, call)
 
 
 class RowLinear(nn.Module):
     """A linear whose inputs are cut over tp.
 
-    `row_sum` names the axes over which the gradient of its bias stays partial.
+    `row_sum` names the axes over which the gradient of its bias stays partial. `lora` is that of
+    ColumnLinear.
     """
 
     def __init__(
@@ -202,13 +228,44 @@ class RowLinear(nn.Module):
         bias: bool,
         row_sum: tuple[str, ...] = (),
         init: Callable[[int, Tensor], Tensor],
+        lora: tuple[int, float] | None = None,
     ):
         super().__init__()
         self.tp = tp
         self.weight = new_param(shard.row(d_out, d_in), tp.named, init=init)
         whole = shard.whole(d_out, grad_sum=row_sum)
         self.bias = new_param(whole, tp.named, init=constant(0.0)) if bias else None
+        self.lora = None
+        if lora is not None:
+            up = shard.whole(d_out, lora[0], grad_sum=row_sum)
+            self.lora = Adapter(shard.row(lora[0], d_in), up, tp, scale=lora[1])
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
         """[s, b, d_in/tp] -> [s or s/tp, b, d_out]."""
-        return row_linear(x, self.weight, self.bias, self.tp, call)
+        y = row_linear(x, self.weight, self.bias, self.tp, call)
+        if self.lora is None:
+            return y
+        thin = row_linear(x, self.lora.down, None, self.tp, call) * self.lora.scale
+        return y + whole_linear(thin, self.lora.up, call)  # from [s or s/tp, b, r]
+
+
+class Adapter(nn.Module):
+    """Two thin matrices beside a weight [o, i], which then stays as it is: `down` [r, i] and `up`
+    [o, r], at first zero.
+
+    One of them is cut as the weight is; the other, whole on every tp rank, acts on rows of the
+    residual stream, so that where these are cut its gradient is partial. Hu et al. 2021 (arXiv
+    2106.09685).
+    """
+
+    def __init__(self, down: shard.Shard, up: shard.Shard, tp: Axis, *, scale: float):
+        super().__init__()
+        self.scale = scale
+        spread = down.shape[1] ** -0.5
+        self.down = new_param(down, tp.named, init=gaussian(spread))
+        self.up = new_param(up, tp.named, init=constant(0.0))
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of that name belongs to an Adapter."""
+    return ".lora." in name

@@ -28,11 +28,25 @@ class MLP(nn.Module):
         part = Block(cfg.ffn, ("tp", None))
         blocks = (part, part) if cfg.activation == "swiglu" else (part,)
         std = cfg.init_std
-        self.up = ColumnLinear(cfg.hidden_size, blocks, tp, bias=cfg.bias, init=gaussian(std))
+        self.up = ColumnLinear(
+            cfg.hidden_size,
+            blocks,
+            tp,
+            bias=cfg.bias,
+            init=gaussian(std),
+            lora=cfg.lora("up"),
+            row_sum=row_sum,
+        )
         self.activation = _ACTIVATIONS[cfg.activation]
         out = gaussian(std / sqrt(2 * cfg.num_layers))
         self.down = RowLinear(
-            cfg.ffn, cfg.hidden_size, tp, bias=cfg.bias, row_sum=row_sum, init=out
+            cfg.ffn,
+            cfg.hidden_size,
+            tp,
+            bias=cfg.bias,
+            row_sum=row_sum,
+            init=out,
+            lora=cfg.lora("down"),
         )
 
     def forward(self, x: Tensor, call: Call) -> Tensor:

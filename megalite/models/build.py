@@ -24,6 +24,7 @@ from megalite.core.params import (
     traits_of,
 )
 from megalite.layers.attention import load_attention
+from megalite.layers.linear import is_adapter
 from megalite.models.gpt import GPT
 
 
@@ -108,6 +109,9 @@ def build_stages(
     }
     for made in mine.values():
         scale_to_width(made, cfg)
+        if cfg.lora_rank:
+            for name, param in made.named_parameters():
+                param.requires_grad_(is_adapter(name))
     if cfg.tie_embeddings and count > 1 and {0, count - 1} <= mine.keys():
         shared = mine[0].embedding.weight
         give_traits(shared, _used_twice(traits_of(shared)))

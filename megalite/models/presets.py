@@ -85,17 +85,29 @@ def num_parameters(model: ModelConfig) -> int:
     hidden, bias = model.hidden_size, model.bias
     norm_bias = bias and model.norm == "layernorm"
 
-    def linear(d_in: int, d_out: int) -> int:
-        return d_in * d_out + bias * d_out
-
     def norm(size: int) -> int:
         return size + norm_bias * size
 
-    qkv = (model.num_heads + 2 * model.kv_heads) * model.head_dim
-    attention = linear(hidden, qkv) + linear(hidden, hidden)
-    attention += 2 * norm(model.head_dim) if model.qk_norm else 0
-    up = 2 if model.activation == "swiglu" else 1
-    mlp = linear(hidden, up * model.ffn) + linear(model.ffn, hidden)
+    linears = sum(d_in * d_out + bias * d_out for d_in, d_out in _linears(model).values())
+    norms = 2 * norm(hidden) + (2 * norm(model.head_dim) if model.qk_norm else 0)
     positions = model.seq_len * hidden if model.position == "learned" else 0
     tables = model.vocab_size * hidden * (1 if model.tie_embeddings else 2) + positions
-    return model.num_layers * (attention + mlp + 2 * norm(hidden)) + norm(hidden) + tables
+    plain = model.num_layers * (linears + norms) + norm(hidden) + tables
+    return plain + num_adapter_parameters(model)
+
+
+def num_adapter_parameters(model: ModelConfig) -> int:
+    """Parameters of all adapters, which alone are trained where there are any."""
+    sizes = _linears(model)
+    return model.num_layers * model.lora_rank * sum(sum(sizes[name]) for name in model.adapted)
+
+
+def _linears(model: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of the linears of a layer, by name."""
+    hidden, up = model.hidden_size, 2 if model.activation == "swiglu" else 1
+    return {
+        "qkv": (hidden, (model.num_heads + 2 * model.kv_heads) * model.head_dim),
+        "out": (hidden, hidden),
+        "up": (hidden, up * model.ffn),
+        "down": (model.ffn, hidden),
+    }

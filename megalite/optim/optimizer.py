@@ -44,12 +44,15 @@ class Optimizer:
         self.masters: list[Tensor | None] = []
         self.states: list[dict[str, Tensor]] = []
         for bucket in zero.buckets:
-            grads = bucket.grads
-            narrow = bucket.params.dtype != bucket.grad_dtype
+            grads, frozen = bucket.grads, bucket.layout.key.frozen
+            narrow = bucket.params.dtype != bucket.grad_dtype and not frozen
             self.masters.append(torch.zeros_like(grads) if narrow else None)
-            names = self.rules[bucket.layout.key.optimizer].state_names
+            names = () if frozen else self.rules[bucket.layout.key.optimizer].state_names
             self.states.append({name: torch.zeros_like(grads) for name in names})
-        self._owned = [b.layout.owned_spans(zero.my_range(b)) for b in zero.buckets]
+        self._owned = [
+            [] if b.layout.key.frozen else b.layout.owned_spans(zero.my_range(b))
+            for b in zero.buckets
+        ]
         self._more = [self._given_more(bucket) for bucket in zero.buckets]
         self.read_params()
 
@@ -76,7 +79,7 @@ class Optimizer:
         """Make the parameters follow the master copies, and give every rank all of them."""
         for idx in range(len(self.masters)):
             self._write(idx)
-        self.zero.gather_params()
+        self.zero.gather_params(loaded=True)
 
     def _write(self, bucket_idx: int) -> None:
         master = self.masters[bucket_idx]
@@ -90,6 +93,8 @@ class Optimizer:
         """
         count, kept = self.step_count, []
         for idx, bucket in enumerate(self.zero.buckets):
+            if bucket.layout.key.frozen:
+                continue
             for tensor in (*self.numbers(idx).values(), bucket.grads):
                 kept.append((tensor, tensor.detach().clone()))
 
@@ -114,6 +119,8 @@ class Optimizer:
         """Multiply the gradients by `scale` (normalisation and clipping) and update every range."""
         self.step_count += 1
         for idx, bucket in enumerate(self.zero.buckets):
+            if bucket.layout.key.frozen:
+                continue
             numbers, key, factor = self.numbers(idx), bucket.layout.key, scale.to(bucket.grad_dtype)
             rule, more = self.rules[key.optimizer], dict[str, Any](self._more[idx])
             in_one_pass = getattr(rule, "in_one_pass", False)

@@ -40,6 +40,9 @@ ALIGN = 64
 Span = tuple[int, int]
 """A flat range [start, stop)."""
 
+FROZEN = "frozen"
+"""The update rule of parameters that need no gradient: none."""
+
 
 @dataclass(frozen=True)
 class Key:
@@ -56,6 +59,11 @@ class Key:
     """The update rule of these parameters, by name."""
     matrix: bool = False
     """Whether each rank's range holds whole parameters, as that rule asks."""
+
+    @property
+    def frozen(self) -> bool:
+        """Whether they stay as they are: no gradient is made, reduced or kept, and no state."""
+        return self.optimizer == FROZEN
 
 
 @dataclass(frozen=True)
@@ -173,7 +181,9 @@ class Bucket:
         lo, hi = updated
         self.weights = self.params[lo:hi] if whole_params else self.params[lo:hi].clone()
         """The parameters of the updated range: a part of `params`, or what alone is kept of it."""
-        size = layout.size if whole_grads else hi - lo
+        frozen = layout.key.frozen
+        whole_grads = whole_grads and not frozen
+        size = layout.size if whole_grads else 0 if frozen else hi - lo
         held = torch.zeros(size, dtype=self.grad_dtype, device=device)
         self.whole_grads = held if whole_grads else None
         """Where the backward adds, all step long; None where that is a lane for each microbatch."""
@@ -186,6 +196,8 @@ class Bucket:
         self.uses = 0
         for slot, param in zip(layout.slots, params, strict=True):
             param.data = self.params[slot.start : slot.stop].view(slot.shape)
+            if frozen:
+                continue
             param.grad_dtype = self.grad_dtype
             if whole_grads:
                 param.grad = held[slot.start : slot.stop].view(slot.shape)
@@ -226,7 +238,8 @@ def plan(
             tied = traits.shard.tied is not None
             # A table that two stages of this rank share belongs to the first of them.
             home = min(n for n, s in stages.items() if any(p is param for p in s.parameters()))
-            unit, rule = unit_of(param), rule_of(name, traits.shard)
+            unit = unit_of(param)
+            rule = rule_of(name, traits.shard) if param.requires_grad else (FROZEN, False)
             key = Key(home, param.dtype, traits.decay, traits.lr_mult, tied, unit, *rule)
             groups.setdefault(key, []).append((name, param))
     planned = []

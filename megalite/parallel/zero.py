@@ -64,7 +64,8 @@ class Zero:
         for layout, params in planned:
             for slot_idx, param in enumerate(params):
                 self._of[id(param)] = (len(self.buckets), slot_idx)
-                listen(param, self._on_landed, self._home if stage >= 2 else None)
+                if not layout.key.frozen:
+                    listen(param, self._on_landed, self._home if stage >= 2 else None)
             updated = layout.range_of(self.axis.idx) if stage >= 1 else (0, layout.size)
             bucket = Bucket(
                 layout,
@@ -112,7 +113,8 @@ class Zero:
     def finish(self) -> None:
         """Wait for all reductions: `Bucket.grads` then is summed over microbatches and data."""
         assert set(self._open) <= set(self._pending), "R was not run for every stage"
-        tied = {n for n, bucket in enumerate(self.buckets) if bucket.layout.key.tied}
+        keys = enumerate(bucket.layout.key for bucket in self.buckets)
+        tied = {n for n, key in keys if key.tied and not key.frozen}
         for part in [p for p in self._pending if p[0] in tied]:
             self._collect(part)
         tying = []
@@ -131,7 +133,7 @@ class Zero:
     def all_landed(self, num_microbatches: int) -> bool:
         """Whether every use of every parameter has landed once a microbatch, and nothing else."""
         groups = range(num_microbatches) if self.stage >= 2 else (STEP,)
-        wanted = {(n, g): uses for n, uses in enumerate(self.expected) for g in groups}
+        wanted = {(n, g): uses for n, uses in enumerate(self.expected) for g in groups if uses}
         return dict(self.landed) == wanted
 
     def keep_params(self) -> None:
@@ -144,14 +146,17 @@ class Zero:
         """All parameters there for a `with` body, which may overwrite them; all ranks call it."""
         return whole(self.buckets, self.axis)
 
-    def gather_params(self) -> None:
-        """After an update: begin to give every rank that keeps them the ranges others updated.
+    def gather_params(self, *, loaded: bool = False) -> None:
+        """After an update: begin to give every rank that keeps them the ranges others updated, or,
+        if they were `loaded`, those of frozen parameters as well.
 
         A unit waits for its own when it runs next; who reads parameters else takes `whole_params`.
         """
         if self.stage in (0, 3):
             return
         for bucket in reversed(self.buckets):  # the next forward needs the last ones first
+            if bucket.layout.key.frozen and not loaded:
+                continue
             settle(bucket)
             bucket.is_whole = False
             start(bucket, self.axis)

@@ -95,15 +95,17 @@ class LayerBytes:
     def fixed(self) -> float:
         """What every form but `full` keeps: inputs of both norms and of the parts' linears."""
         masks = 2 * self.stream / self.size if self.model.dropout > 0 else 0.0
-        return 2 * self.stream + self.q + 2 * self.kv + self.up + masks
+        thin = len(self.model.adapted) * self.model.lora_rank / self.model.hidden_size
+        return (2 + thin) * self.stream + self.q + 2 * self.kv + self.up + masks
 
     def kept(self, how: str) -> float:
         """Bytes that a layer keeps from its forward to its backward, by the name of recompute."""
         if how == "full":
             return self.stream
-        again = self._again(how)
-        parts = {"norm": 2 * self.norm.both, "activation": self.activation.both}
-        parts["core-attention"] = self.core.both
+        again, learns = self._again(how), self._learns
+        norms = 2 * self.norm.inside + (learns("qkv") + learns("up")) * self.norm.out
+        parts = {"norm": norms, "core-attention": self.core.both}
+        parts["activation"] = self.activation.inside + learns("down") * self.activation.out
         return self.fixed + sum(size for name, size in parts.items() if name not in again)
 
     def working(self, how: str) -> float:
@@ -116,6 +118,10 @@ class LayerBytes:
         second = self.kept("none") - self.stream if how == "full" else 0.0
         kept = "none" if how == "full" else how
         return second + max(self._mlp(kept), self._ring(kept))
+
+    def _learns(self, linear: str) -> bool:
+        """Whether a linear needs its input in backward: a frozen one with no adapter does not."""
+        return not self.model.lora_rank or linear in self.model.adapted
 
     def _again(self, how: str) -> tuple[str, ...]:
         if how != "selective":
@@ -175,7 +181,7 @@ def stage_activations(
     again = 0 if how == "none" else layers if asked is None else min(asked, layers)
     plain = layers - again
     kept = again * layer.kept(how) + plain * layer.kept("none")
-    kept += layer.logits if last and split else 0.0
+    kept += layer.logits if last and split and not layer.model.lora_rank else 0.0
     moments = [layer.head() if last else 0.0]
     if plain:
         moments.append(layer.working("none"))

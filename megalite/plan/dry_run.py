@@ -8,11 +8,10 @@ import torch
 
 from megalite.core.config import Config
 from megalite.core.precision import dtype_of
-from megalite.models.presets import num_parameters
 from megalite.plan.memory import StageMemory, stage_memory
 from megalite.schedule.simulate import bubble
 from megalite.train.build import schedule_maker
-from megalite.train.console import count, layout_picture
+from megalite.train.console import count, layout_picture, size
 from megalite.train.own_files import check_own_code
 from megalite.train.pictures import timeline
 
@@ -35,7 +34,7 @@ def dry_run(config: Config, world_size: int) -> None:
     tokens = config.train.global_batch_size * config.model.seq_len
     assumed = " (as on a GPU; --device cpu for float32)" if config.train.precision == "auto" else ""
     kind = f"{str(dtype)[6:]}{assumed if dtype != torch.float32 else ''}"
-    print(f"  model  {count(num_parameters(config.model))} parameters, {kind}")
+    print(f"  model  {size(config.model)}, {kind}")
     ramp = f" (from {config.batch_sizes()[0]})" if config.train.rampup_batch_size else ""
     print(
         f"  batch  {config.train.global_batch_size} samples{ramp} = {count(tokens)} tokens, "

@@ -61,7 +61,8 @@ def stage_memory(config: Config, world_size: int, pp_idx: int, dtype: torch.dtyp
     counts = config.layout.pp_layers or split_layers(config.model, schedule.num_stages)
     mine = {s: counts[s] for s, place in enumerate(schedule.placement) if place == pp_idx}
     buckets, ways = _buckets(config, world_size, schedule, pp_idx, dtype)
-    sizes = Counter(flat.size for flat, _ in buckets)
+    learned = [flat for flat, _ in buckets if not flat.key.frozen]
+    sizes = Counter(flat.size for flat in learned)
     zero, wide = config.layout.zero, acc_dtype(dtype).itemsize
     # Whole for a while: of each size two gradients, if so many are ever made; the unit that runs
     # and the next.
@@ -71,20 +72,20 @@ def stage_memory(config: Config, world_size: int, pp_idx: int, dtype: torch.dtyp
     for flat, _ in buckets:
         units[flat.key.unit] += flat.size
     running = sum(sorted(units.values())[-2:]) if zero >= 3 else 0
-    size = sum(units.values())
+    size, moved = sum(units.values()), sum(flat.size for flat in learned)
     cut = {stage: ways if zero >= stage else 1 for stage in (1, 2, 3)}
     rules, masters = Rules(config.optim).named, dtype.itemsize != wide
     states = sum(
-        flat.size * (len(rules[flat.key.optimizer].state_names) + masters) for flat, _ in buckets
+        flat.size * (len(rules[flat.key.optimizer].state_names) + masters) for flat in learned
     )
     activations, working = _moving(config, schedule, pp_idx, mine, dtype)
     narrow = config.layout.grad_reduce_dtype == "bf16"
     if ways > 1 and (narrow or (zero >= 1 and _on_cpu(config, dtype))):
         layer = LayerBytes(config, dtype).kept(config.layout.recompute)
-        working = _with_copies([flat for flat, _ in buckets], zero, working, activations, layer)
+        working = _with_copies(learned, zero, working, activations, layer)
     if config.layout.post_validation:
         # Weights, states and gradients as they were, until the first forwards of a step are done.
-        copy = (states + (1 if masters else 2) * size) // cut[1] * wide
+        copy = (states + (1 if masters else 2) * moved) // cut[1] * wide
         first = len(at_first_backward(schedule)[0].actions[pp_idx]) / peak_live(schedule)[pp_idx]
         working = max(working, copy - (1 - first) * activations)
     return StageMemory(
@@ -92,7 +93,7 @@ def stage_memory(config: Config, world_size: int, pp_idx: int, dtype: torch.dtyp
         layers=sum(mine.values()),
         parameters=sum(p.numel() for _, params in buckets for p in params),
         weights=(size // cut[3] + running) * dtype.itemsize,
-        grads=(size // cut[2] + lanes) * wide,
+        grads=(moved // cut[2] + lanes) * wide,
         optimizer=states // cut[1] * wide,
         activations=int(activations),
         working=int(working),

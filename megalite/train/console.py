@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from megalite.core.config import Config
-from megalite.models.presets import num_parameters
+from megalite.core.config import Config, ModelConfig
+from megalite.models.presets import num_adapter_parameters, num_parameters
 from megalite.train.flops import token_flops
 
 WIDTH = 110
@@ -27,6 +27,15 @@ def count(n: float) -> str:
         if n >= size:
             return f"{n / size:.1f}{letter}" if n < 100 * size else f"{n / size:.0f}{letter}"
     return f"{n:.0f}"
+
+
+def size(model: ModelConfig) -> str:
+    """How many parameters there are, and what is trained if that is not all of them."""
+    text = f"{count(num_parameters(model))} parameters"
+    if not model.lora_rank:
+        return text
+    trained = count(num_adapter_parameters(model))
+    return f"{text}, {trained} trained (rank {model.lora_rank} on {' '.join(model.adapted)})"
 
 
 def duration(seconds: float) -> str:
@@ -75,7 +84,7 @@ def header(
     ramp = train.rampup_batch_size
     grown = f" (from {ramp[0]} by {ramp[1]} over {count(ramp[2])})" if ramp else ""
     facts = [
-        f"model  {count(num_parameters(model))} parameters: {model.num_layers} layers, "
+        f"model  {size(model)}: {model.num_layers} layers, "
         f"d {model.hidden_size}, {model.num_heads} heads, seq {model.seq_len}, "
         f"vocab {model.vocab_size}",
         f"data   {data}",
@@ -99,9 +108,10 @@ def header(
 def flops_rule(config: Config, device: torch.device, peak: float | None) -> str:
     """What a GPU's TFLOP/s and MFU count, and of which peak (TFLOP/s of a rank, None: unknown)."""
     flops = token_flops(config.model)
+    products = "4N + 6n" if config.model.lora_rank else "6N"
     rule = (
-        f"flops  a token {count(flops.causal)} = 6N + 6Lsh (causal), {count(flops.full)} = "
-        f"6N + 12Lsh (full), N {count(flops.weights)}"
+        f"flops  a token {count(flops.causal)} = {products} + 6Lsh (causal), {count(flops.full)} = "
+        f"{products} + 12Lsh (full), N {count(flops.weights)}"
     )
     name = torch.cuda.get_device_name(device)
     if peak is None:

@@ -69,6 +69,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "attention_dropout": (0.0, 0.1),
     "optimizer": ("adamw", "muon", "sgd"),
     "mup_base_width": (None, 16),
+    "lora_rank": (0, 3),
     "ramp": (False, True),
 }
 EASY = {"microbatches": 2, "recompute": "selective"}

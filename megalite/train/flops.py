@@ -7,7 +7,8 @@ head; no table, norm or bias), L layers, s tokens in a sample and h numbers in a
     full    6 N + 12 L s h    the masked half counted, too (Narayanan et al. 2021, Chowdhery et al.
                               2022, appendix B); `mfu_full`
 
-Recomputation counts in neither: it is no part of the model.
+With adapters of n weights, 4 (N + n) + 2 n stands in the place of 6 N: of frozen weights there is
+no gradient. Recomputation counts in neither: it is no part of the model.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 
 from megalite.core.config import ModelConfig
 from megalite.models.build import head_flops, layer_flops
+from megalite.models.presets import num_adapter_parameters
 
 PEAK_TFLOPS = {
     "B200": 2250.0,
@@ -52,9 +54,13 @@ class TokenFlops:
 
 def token_flops(model: ModelConfig) -> TokenFlops:
     """By both rules. A sliding window is not looked at, nor are documents kept apart."""
-    causal = 3 * (model.num_layers * layer_flops(model) + head_flops(model))
+    forward = model.num_layers * layer_flops(model) + head_flops(model)
     attention = 6 * model.num_layers * model.seq_len * model.num_heads * model.head_dim
-    return TokenFlops((causal - attention) / 6, causal, causal + attention)
+    weights = (forward - attention / 3) / 2
+    adapters = num_adapter_parameters(model)
+    trained = adapters if model.lora_rank else weights
+    causal = 4 * (weights + adapters) + 2 * trained + attention
+    return TokenFlops(weights, causal, causal + attention)
 
 
 def peak_tflops(name: str) -> float | None:

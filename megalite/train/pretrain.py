@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from megalite.core.config import FILE_NAME, FILES, Config
 from megalite.core.errors import CheckpointError, RunError, UserError
 from megalite.core.world import World
 from megalite.data.chat import CHAT_TEMPLATE, Template
+from megalite.layers.linear import is_adapter
 from megalite.optim.lr import learning_rate
 from megalite.schedule.simulate import bubble
 from megalite.train import console, flops
@@ -50,6 +52,7 @@ from megalite.train.trace import Trace
 
 SAMPLE_TOKENS = 40
 SHOWN_ANSWERS = 3
+LORA = ("lora_rank", "lora_alpha", "lora_targets")
 TRAINING_ALONE = ("dropout", "attention_dropout", "label_smoothing", "z_loss", "init_std")
 """Fields of the model that say nothing of what its weights compute."""
 
@@ -320,7 +323,13 @@ class Run:
             return manifest.step, manifest.samples, manifest.tokens
         with self.engine.zero.whole_params():
             for stage in self.engine.stages.values():
-                load_weights(Reader(directory, manifest), dict(stage.named_parameters()))
+                # Adapters begin anew where the other run has none.
+                theirs = {
+                    name: param
+                    for name, param in stage.named_parameters()
+                    if not is_adapter(name) or f"weights/{name}" in manifest.tensors
+                }
+                load_weights(Reader(directory, manifest), theirs)
         self.engine.optimizer.read_params()
         return 0, 0, 0
 
@@ -383,11 +392,10 @@ class Run:
         )
         words = ["next  "]
         if self.tokenizer is not None:
-            asked = [f'"{train.sample_prompt}read"']
+            asked = ["generate", str(self.out), f'"{train.sample_prompt}read"']
             if self.config.data.talks:
-                asked = ['"Who are you?"', "--chat", "--temperature", "0"]
-            words.append(console.command("megalite", "generate", str(self.out), *asked))
-            words.append("|")
+                asked = ["chat", str(self.out), "--temperature", "0"]
+            words += [console.command("megalite", *asked), "|"]
         self._say(" ".join([*words, console.command("tensorboard", "--logdir", f"{self.out}/tb")]))
 
 
@@ -398,6 +406,8 @@ def _due(step: int, interval: int) -> bool:
 def _check_same_model(config: Config, manifest: mf.Manifest, directory: Path) -> None:
     """Raise CheckpointError unless the checkpoint is of the model this run has."""
     theirs = Config.from_dict(manifest.config).model
+    if config.train.init_from and not config.train.resume and theirs.lora_rank == 0:
+        theirs = replace(theirs, **{name: getattr(config.model, name) for name in LORA})
     for name, value in vars(theirs).items():
         mine = getattr(config.model, name)
         if mine != value and name not in TRAINING_ALONE:

@@ -221,7 +221,8 @@ def reference(
     def keep(what: str, number_of: Callable[[Any], Tensor]) -> None:
         for stage in engine.stages.values():
             for name, param in named_parameters(stage):
-                numbers[f"{what}/{name}"] = number_of(param).numpy().copy()
+                if param.requires_grad or not what.endswith("grad"):
+                    numbers[f"{what}/{name}"] = number_of(param).numpy().copy()
 
     keep("init", lambda param: param.detach())
     losses = []
@@ -288,7 +289,7 @@ def compare(
         "first": asdict(findings.first) if findings.first else None,
         "differing": findings.differing,
         "owned": owned // steps,
-        "size": sum(tensor.size for name, tensor in want.items() if name.startswith("init/")),
+        "size": sum(tensor.size for name, tensor in want.items() if name.startswith("0/grad/")),
     }
 
 
@@ -383,6 +384,8 @@ def _compare_grads(
 ) -> int:
     zero, owned, axes = engine.zero, 0, engine.mesh.axes
     for bucket in zero.buckets:
+        if bucket.layout.key.frozen:
+            continue
         base = bucket.updated[0]
         for box in bucket.layout.boxes(bucket.updated, lambda slot: slot.shard.pieces(axes)):
             slot = box.slot

@@ -15,6 +15,7 @@ DEEP = ModelConfig(num_layers=6, hidden_size=64, num_heads=4, vocab_size=128, se
 """With 4 samples at once nearly all of it is activations."""
 HEAVY = replace(DEEP, vocab_size=2048, seq_len=8)
 """With one sample at once nearly all of it is parameters and what belongs to them."""
+ADAPTED = replace(DEEP, lora_rank=16)
 LLAMA = {"norm": "rmsnorm", "activation": "swiglu", "position": "rope", "bias": False}
 
 CASES = [
@@ -27,6 +28,8 @@ CASES = [
     ("llama keeps all", replace(DEEP, **LLAMA), {}),
     ("llama selective", replace(DEEP, **LLAMA), {"recompute": "selective"}),
     ("dropout selective", replace(DEEP, dropout=0.1), {"recompute": "selective"}),
+    ("adapters", ADAPTED, {}),
+    ("adapters zero3, parameters", replace(HEAVY, lora_rank=4), {"dp": 2, "zero": 3}),
     ("cp2", DEEP, {"cp": 2}),
     ("cp2 gather", DEEP, {"cp": 2, "cp_form": "gather"}),
     ("cp2 ulysses", DEEP, {"cp": 2, "cp_form": "ulysses"}),

@@ -8,8 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from megalite import __main__ as front
+from megalite.checkpoint.load import Reader
+from megalite.checkpoint.manifest import newest
 from megalite.core.config import (
     Config,
     DataConfig,
@@ -18,6 +21,11 @@ from megalite.core.config import (
     OptimConfig,
     TrainConfig,
 )
+from megalite.core.errors import UserError
+from megalite.generate.cache import Part, Step
+from megalite.generate.load import Place, load_share, open_checkpoint
+from megalite.layers.linear import is_adapter
+from megalite.train.merge import MergeArgs, merge_lora, whole_tensor
 from tests.unit.data.samples import make_tokenizer
 
 JOBS = "tests.ranks.pretrain_jobs"
@@ -66,13 +74,23 @@ def tune(base, run_ranks):
     """Runs sft at a layout; gives what rank 0 says and the lines of metrics."""
     home, config = base
 
-    def run(name: str, layout: dict, *, pack: bool, micro: int = 1, lr: float = 1e-2, **train):
+    def run(
+        name: str,
+        layout: dict,
+        *,
+        pack: bool,
+        micro: int = 1,
+        lr: float = 1e-2,
+        lora: int = 0,
+        **train,
+    ):
         world = 1
         for axis in ("tp", "pp", "cp", "dp"):
             world *= layout.get(axis, 1)
         out = home / name
         tuned = replace(
             config,
+            model=replace(config.model, lora_rank=lora),
             layout=LayoutConfig(**layout),
             data=DataConfig(
                 data=str(home / "train.jsonl"), valid_data=str(home / "valid.jsonl"), pack=pack
@@ -110,6 +128,85 @@ def test_fine_tuning_at_a_layout_equals_one_process(alone, tune, layout, pack):
     assert len(answers) == 3 and answers[0] in said
 
 
+LORA = [
+    {"tp": 2, "dp": 2, "zero": 1},
+    {"tp": 2, "pp": 2, "dp": 2, "zero": 3},
+    {"pp": 2, "dp": 2, "zero": 2, "schedule": "zb-h1"},
+    {"cp": 2, "tp": 2, "sequence_parallel": False},
+]
+
+
+@pytest.fixture(scope="module")
+def adapted(tune):
+    """One process that learns adapters alone."""
+    return tune("lora-one", {}, pack=True, micro=2, lora=3)
+
+
+@pytest.mark.parametrize("layout", LORA)
+def test_adapters_learned_at_a_layout_equal_one_process(adapted, tune, layout):
+    name = "-".join(f"{key}{value}" for key, value in layout.items())
+    _, lines, _ = tune(f"lora-{name}", layout, pack=True, lora=3)
+    for key in ("loss", "grad_norm", "val_loss", "val_exact_match"):
+        want = [line[key] for line in adapted[1] if line.get(key) is not None]
+        found = [line[key] for line in lines if line.get(key) is not None]
+        assert len(want) >= 1 and found == pytest.approx(want, rel=TOL), key
+    losses = [line["loss"] for line in adapted[1] if line.get("loss") is not None]
+    assert losses[-1] < losses[0]
+
+
+def weights_of(run: Path) -> dict:
+    """All weights of a run's newest checkpoint, whole, and the names of what else is kept."""
+    directory, manifest, _ = newest(run)
+    reader = Reader(directory, manifest)
+    names = [n.partition("/")[2] for n in manifest.tensors if n.startswith("weights/")]
+    return {name: whole_tensor(reader, name) for name in names}, manifest
+
+
+def test_all_but_adapters_stays_bit_for_bit_and_has_no_state(adapted, base):
+    before, _ = weights_of(base[0] / "base")
+    after, manifest = weights_of(adapted[2])
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    added = after.keys() - before.keys()
+    assert len(added) == 2 * 2 * 4 and all(is_adapter(name) for name in added)
+    assert all((after[name] != 0).any() for name in added)
+    states = {n.partition("/")[2] for n in manifest.tensors if not n.startswith("weights/")}
+    assert states == added
+
+
+def test_merged_run_computes_what_the_adapters_do(adapted, tmp_path, base):
+    merged = tmp_path / "merged"
+    merge_lora(MergeArgs(checkpoint=str(adapted[2]), out=str(merged)))
+    place = Place(slots=1, dtype=torch.float64, device=torch.device("cpu"))
+    step = Step((Part(0, 0, tuple(range(30)), 30),))
+    runs = (adapted[2], merged, base[0] / "base")
+    ours, plain, before = (load_share(open_checkpoint(run), place).run(step) for run in runs)
+    assert ((ours - plain).abs() <= TOL).all()
+    assert ((ours - before).abs() > 1e-3).any()
+    assert open_checkpoint(merged).model.lora_rank == 0
+    assert (merged / "tokenizer.json").exists() and (merged / "chat_template.jinja").exists()
+    with pytest.raises(UserError, match="has no adapters"):
+        merge_lora(MergeArgs(checkpoint=str(merged), out=str(tmp_path / "again")))
+
+
+def test_resumed_adapters_take_the_steps_that_were_left_at_another_layout(adapted, tune, base):
+    tune("lora-halves", {"dp": 2, "zero": 1}, pack=True, lora=3, save_interval=2)
+    newest_one = base[0] / "lora-halves" / "checkpoints" / "step-00000004"
+    (newest_one / "MANIFEST.json").unlink()
+    layout = {"tp": 2, "zero": 3}
+    _, lines, _ = tune("lora-halves", layout, pack=True, lora=3, save_interval=2, resume=True)
+    for key in ("loss", "grad_norm", "val_loss"):
+        want = [x[key] for x in adapted[1] if x.get(key) is not None]
+        assert [x[key] for x in lines if x.get(key) is not None] == pytest.approx(want, rel=TOL)
+
+
+def test_adapters_are_not_dropped_by_a_run_without_them(adapted, at_home, capfd):
+    asked = ["sft", "--init-from", str(adapted[2]), "--data", "train.jsonl", "--out", "dropped"]
+    with pytest.raises(SystemExit) as raised:
+        front.main([*asked, "--lora-rank", "0", "--device", "cpu"])
+    assert raised.value.code == 4
+    assert "was trained with --lora-rank 3, this run has 0" in capfd.readouterr().err
+
+
 def test_header_says_what_is_learned_from(alone):
     for pack, (said, _, _) in alone.items():
         words = "40 conversations in " + ("" if pack else "40 samples")
@@ -128,6 +225,7 @@ def test_held_out_loss_does_not_depend_on_packing(tune):
 
 def test_run_leaves_what_a_chat_needs(alone):
     said, _, out = alone[True]
+    assert f"megalite chat {out} --temperature 0" in said.splitlines()[-1]
     assert said.startswith("megalite sft | ")
     assert "held-out exact match 0." in said and " of 7)" in said
     assert (out / "chat_template.jinja").read_text().startswith("{% for message in messages %}")

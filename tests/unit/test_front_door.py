@@ -239,9 +239,23 @@ CHAT = [
     ),
 ]
 
+SERVE = [
+    ("", "CHECKPOINT: is required (see megalite serve --help)"),
+    ("run --host 0.0.0.0",
+     "--host 0.0.0.0: anybody who reaches this address could use the model "
+     "(name a --token-file, or leave --host at 127.0.0.1)"),
+    ("run --token-file absent", "--token-file absent: No such file or directory"),
+    ("run --token-file text.txt",
+     "--token-file text.txt: the token must be 32 characters or more, in one line "
+     "(make one with: openssl rand -hex 32)"),
+    ("run --tls-cert text.txt", "--tls-cert and --tls-key: one is nothing without the other"),
+    ("run --slots 0", "--slots 0: must be an integer >= 1"),
+    ("run --max-seconds 0", "--max-seconds 0: must be a finite number > 0"),
+]  # fmt: skip
+
 KNOWN_VERBS = (
     "corpus, conversations, tokenizer, preprocess, pretrain, sft, verify, inspect, convert, "
-    "generate, chat"
+    "generate, chat, serve"
 )
 VERBS = [
     ("pretain", f"unknown verb 'pretain' (did you mean pretrain? known: {KNOWN_VERBS})"),
@@ -256,6 +270,7 @@ ROWS = (
     + [(f"pretrain {argv}", 1, text, DATA) for argv, text in MISSING_DATA]
     + [(f"generate {argv}", 1, text, USER) for argv, text in GENERATE]
     + [(f"chat {argv}", 1, text, USER) for argv, text in CHAT]
+    + [(f"serve {argv}", 1, text, USER) for argv, text in SERVE]
     + [(argv, 1, text, USER) for argv, text in VERBS]
 )
 
@@ -401,7 +416,7 @@ def test_overview_names_every_verb(capsys):
     assert front.main([]) == USER
     shown = capsys.readouterr().out
     for name, verb in front.VERBS.items():
-        assert shown.count(f"  {name} ") == 2 and shown.count(verb.about) == 2
+        assert shown.count(f"\n  {name} ") == 2 and shown.count(verb.about) == 2
 
 
 def test_version(capsys):

@@ -115,6 +115,17 @@ def test_bits_of_a_request_do_not_depend_on_its_batch(model):
         assert torch.equal(by_slot[0], rows[slot])
 
 
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_bits_of_a_last_chunk_of_one_token_do_not_depend_on_what_is_read_beside_it(model):
+    tokens, long = tuple(range(7, 16)), tuple(range(20, 26))
+    found = []
+    for beside in ((), (Part(1, 0, long, 1),)):
+        share = share_of(torch.float32, slots=2, **model)
+        share.run(Step((Part(0, 0, tokens[:8], 0),)))
+        found.append(share.run(Step((Part(0, 8, tokens[8:], 1), *beside)))[0])
+    assert torch.equal(found[0], found[1])
+
+
 def test_chunks_change_no_token():
     share = share_of(torch.float64, **MODELS["llama"])
     request = Request(tokens=range(1, 18), how=Sampling(temperature=0), max_tokens=6)
