@@ -22,6 +22,7 @@ from megalite.core.errors import RunError, UserError
 
 INTERRUPTED = 130  # 128 + SIGINT, as a shell says it
 SPEAK_SECONDS = 20.0  # a slow start of the first rank; it is ended as soon as that one has spoken
+DPO_BETA = 0.1
 PIPE_CLOSED = 141  # 128 + SIGPIPE
 
 
@@ -67,6 +68,11 @@ VERBS: dict[str, Verb] = {
     ),
     "sft": Verb(
         about="fine-tune a trained model on conversations, under torchrun like pretrain",
+        schema="megalite.core.config:Config",
+        function="megalite.train.pretrain:pretrain",
+    ),
+    "dpo": Verb(
+        about="teach a model which of two answers is preferred, under torchrun like pretrain",
         schema="megalite.core.config:Config",
         function="megalite.train.pretrain:pretrain",
     ),
@@ -171,7 +177,7 @@ def _run(argv: list[str], environment: Mapping[str, str]) -> int:
 
 
 def _train(name: str, argv: list[str], environment: Mapping[str, str]) -> int:
-    """A verb that trains: on text, or on conversations."""
+    """A verb that trains: on text, on conversations, or on pairs of answers."""
     from megalite.core.check import check_paths
     from megalite.core.cli import parse
     from megalite.core.config import Config
@@ -180,10 +186,7 @@ def _train(name: str, argv: list[str], environment: Mapping[str, str]) -> int:
     from megalite.train.recipes import RECIPES
 
     config = parse(argv, Config, models=PRESETS, recipes=RECIPES, prog=f"megalite {name}")
-    if config.data.talks != (name == "sft"):
-        other = "sft" if config.data.talks else "pretrain"
-        fix = "name a .jsonl file of conversations, or" if name == "sft" else "preprocess it, or"
-        raise UserError(f"--data {config.data.data}: not for {name} ({fix} use megalite {other})")
+    config = _config_for(name, config)
     world = World.from_environment(environment)
     layout = config.layout
     needed = layout.tp * layout.pp * layout.cp * (layout.dp or 1)
@@ -202,6 +205,21 @@ def _train(name: str, argv: list[str], environment: Mapping[str, str]) -> int:
     explain = _load("megalite.plan.out_of_memory:explain")
     _load(VERBS[name].function)(config, world, explain)
     return 0
+
+
+def _config_for(name: str, config: Any) -> Any:
+    """The config of a verb that trains. Raises UserError where it is another one's."""
+    data = config.data
+    if data.talks != (name != "pretrain"):
+        other = "sft" if data.talks else "pretrain"
+        of = {"sft": "conversations", "dpo": "pairs of answers"}.get(name)
+        fix = f"name a .jsonl file of {of}, or" if of else "preprocess it, or"
+        raise UserError(f"--data {data.data}: not for {name} ({fix} use megalite {other})")
+    if name == "dpo" and not data.prefers:
+        return dataclasses.replace(config, data=dataclasses.replace(data, dpo_beta=DPO_BETA))
+    if name != "dpo" and data.prefers:
+        raise UserError(f"--dpo-beta {data.dpo_beta:g}: not for {name} (use megalite dpo)")
+    return config
 
 
 def _say_how_to_launch(ranks: int, argv: Sequence[str]) -> None:
@@ -223,7 +241,7 @@ def _split(argv: list[str]) -> tuple[str, list[str]]:
     if seconds:
         found = f"unknown {argv[0]} verb {argv[1]!r}; " if len(argv) > 1 else ""
         raise UserError(f"{argv[0]}: {found}use {argv[0]} {' or '.join(seconds)}")
-    from megalite.core.check import unknown
+    from megalite.core.check_values import unknown
 
     raise UserError(unknown("verb", argv[0], dict.fromkeys(name.split()[0] for name in VERBS)))
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megalite.core.mesh import Mesh
-from megalite.layers.loss import cross_entropy_sum
+from megalite.layers.loss import cross_entropy
 from megalite.ops.adamw import adamw_
 from megalite.ops.dropout import dropout
 from megalite.ops.gelu import gelu
@@ -266,7 +266,7 @@ def cross_entropies(sizes: Sizes) -> Iterator[Case]:
     one = Mesh({"tp": 1}, rank=0, kind="single").axis("tp")
 
     def ours() -> Any:
-        return torch.autograd.grad(cross_entropy_sum(logits, labels, vocab, one), logits)
+        return torch.autograd.grad(cross_entropy(logits, labels, vocab, one).sum(), logits)
 
     def formula(logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits.float(), labels, reduction="sum")

@@ -69,6 +69,21 @@ class Cached:
 
 
 @dataclass(frozen=True, eq=False)
+class Preference:
+    """What makes the samples of a call pairs of answers, the preferred one first.
+
+    Each is two documents: `Call.starts` says where the second begins.
+    """
+
+    reference: Tensor
+    """[b] float64: log p(preferred) - log p(other) under the model that training began from."""
+    counts: Tensor
+    """[b] bool: which samples are pairs; the others fill a microbatch up."""
+    beta: float
+    """What the difference of two such log ratios is multiplied with."""
+
+
+@dataclass(frozen=True, eq=False)
 class Call:
     """One microbatch and one way to run it."""
 
@@ -104,6 +119,8 @@ class Call:
     """What layers have computed that is the same for all of them."""
     wanted: Tensor | None = None
     """[w] int64: the rows of [s b] whose logits are wanted, which are then [w, 1, v/tp]."""
+    preference: Preference | None = None
+    """What is learned is which of two answers is preferred; None: the labels are."""
 
     @property
     def weight_jobs(self) -> list[Callable[[], None]]:
@@ -122,6 +139,28 @@ class Call:
     def whole_len(self) -> int:
         """Tokens of a sequence over all context ranks."""
         return self.seq_len * self.context.axis.size if self.context else self.seq_len
+
+    @property
+    def tokens_learned(self) -> Tensor:
+        """Labels that take part: a scalar."""
+        assert self.labels is not None
+        return (self.labels > IGNORE).sum()
+
+    @property
+    def terms(self) -> Tensor:
+        """What this rank adds to the number that the loss is a mean over: a scalar.
+
+        Labels that take part; of pairs, whose loss all context ranks find together, the first one
+        counts all.
+        """
+        if self.preference is None:
+            return self.tokens_learned
+        return self.preference.counts.sum() * self.is_first_part
+
+    @property
+    def is_first_part(self) -> bool:
+        """Whether this is the first context rank's part."""
+        return self.context is None or self.context.axis.idx == 0
 
     @property
     def rows(self) -> int:
@@ -191,6 +230,7 @@ def make_call(
     seq_cut: Axis | None,
     context: Context | None = None,
     starts: Tensor | None = None,
+    preference: Preference | None = None,
 ) -> Call:
     """A training call over this context rank's part of whole sequences [length, b].
 
@@ -209,4 +249,4 @@ def make_call(
     if context is not None:
         tokens, positions = context.take(tokens), context.take(positions)
         labels = labels if labels is None else context.take(labels)
-    return Call(tokens, labels, positions, samples, cut, context, starts)
+    return Call(tokens, labels, positions, samples, cut, context, starts, preference=preference)

@@ -26,7 +26,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 
 import tyro
 
-from megalite.core.check import check_fields, check_value, flag, kinds_of, unknown
+from megalite.core.check_values import check_fields, check_value, flag, kinds_of, unknown
 from megalite.core.config import FILE_NAME, Config, PathText, run_directory
 from megalite.core.errors import UserError
 

@@ -8,9 +8,9 @@ stays text. How conversations become training samples: packing.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from megalite.core.errors import DataError
 from megalite.data.documents import find_inputs, read_objects
@@ -19,6 +19,7 @@ from megalite.data.tokenizer import Tokenizer, replace_surrogates
 
 START, END = "<|im_start|>", "<|im_end|>"
 ROLES = ("system", "user", "assistant")
+T = TypeVar("T")
 FORMS = {
     ("prompt", "completion"): (),
     ("prompt", "response"): (),
@@ -64,13 +65,18 @@ def read_conversations(path: str | Path) -> list[Conversation]:
     A line is an object with `messages`, a list of `role` and `content`; or with the fields of one
     of FORMS. Raises DataError, with file and line, for anything else.
     """
+    return read_lines(path, conversation_of, what="conversation")
+
+
+def read_lines(path: str | Path, make: Callable[[Any, str], T], *, what: str) -> list[T]:
+    """What `make` makes of each line of .jsonl files, and of where it stands."""
     files = find_inputs(path)
     plain = [file for file in files if file.suffix == ".txt"]
     if plain:
-        raise DataError(f"{plain[0]}: conversations are .jsonl or .jsonl.gz")
-    found = [conversation_of(entry, where) for where, entry in read_objects(files)]
+        raise DataError(f"{plain[0]}: a {what} is a line of .jsonl or .jsonl.gz")
+    found = [make(entry, where) for where, entry in read_objects(files)]
     if not found:
-        raise DataError(f"{path}: no conversation inside")
+        raise DataError(f"{path}: no {what} inside")
     return found
 
 
@@ -79,19 +85,19 @@ def conversation_of(entry: Any, where: str) -> Conversation:
     if not isinstance(entry, dict):
         raise DataError(f"{where}: the line is {kind_of(entry)}, expected an object")
     if "messages" in entry:
-        return check_messages(entry["messages"], where)
+        return check_messages(messages_of(entry["messages"], where), where)
     for (question, answer), more in FORMS.items():
         if question in entry and answer in entry:
-            asked = [_text(entry, name, where) for name in (question, *more) if name in entry]
+            asked = [text_of(entry, name, where) for name in (question, *more) if name in entry]
             user = Message("user", "\n".join(text for text in asked if text))
-            return (user, Message("assistant", _text(entry, answer, where)))
+            return (user, Message("assistant", text_of(entry, answer, where)))
     has = ", ".join(quote(key) for key in list(entry)[:5]) or "none"
     forms = " or ".join(["messages", *(" and ".join(names) for names in FORMS)])
     raise DataError(f"{where}: expected the fields {forms} (it has: {has})")
 
 
-def check_messages(messages: Any, where: str) -> Conversation:
-    """The messages of a JSON list. Raises DataError unless the assistant speaks, after another."""
+def messages_of(messages: Any, where: str) -> Conversation:
+    """The messages of a JSON list."""
     if not isinstance(messages, list):
         raise DataError(f"{where}: messages is {kind_of(messages)}, expected a list")
     found = []
@@ -99,18 +105,24 @@ def check_messages(messages: Any, where: str) -> Conversation:
         at = f"{where}: message {number}"
         if not isinstance(message, dict):
             raise DataError(f"{at} is {kind_of(message)}, expected an object")
-        role = _text(message, "role", at)
+        role = text_of(message, "role", at)
         if role not in ROLES:
             raise DataError(f"{at}: role {quote(role)} (known: {', '.join(ROLES)})")
-        found.append(Message(role, _text(message, "content", at)))
+        found.append(Message(role, text_of(message, "content", at)))
+    return tuple(found)
+
+
+def check_messages(found: Conversation, where: str) -> Conversation:
+    """The same messages. Raises DataError unless the assistant speaks, after another."""
     if not any(m.role == "assistant" for m in found):
         raise DataError(f"{where}: the assistant says nothing, so nothing is learned")
     if found[0].role == "assistant":
         raise DataError(f"{where}: the assistant speaks first (nothing asks it)")
-    return tuple(found)
+    return found
 
 
-def _text(entry: dict[str, Any], name: str, where: str) -> str:
+def text_of(entry: dict[str, Any], name: str, where: str) -> str:
+    """The text in a field. Raises DataError, beginning with `where`, if there is none."""
     if name not in entry:
         raise DataError(f"{where}: no field {quote(name)}")
     if not isinstance(entry[name], str):

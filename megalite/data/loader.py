@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from megalite.core import rng
-from megalite.core.call import IGNORE, Call, Context, make_call
+from megalite.core.call import IGNORE, Call, Context, Preference, make_call
 from megalite.core.errors import DataError
 from megalite.core.mesh import Mesh
 
@@ -33,6 +33,8 @@ class TokenSource(Protocol):
     seq_len: int
     lengths: np.ndarray | None = None
     """Inputs of each window, at most seq_len; None where all have seq_len."""
+    reference: np.ndarray | None = None
+    """Of windows that are pairs of answers, Preference.reference of each; None: they are text."""
 
     def __len__(self) -> int: ...
 
@@ -138,6 +140,7 @@ class Loader:
         sequence_parallel: bool,
         cp_form: str = "ring",
         reset_attention_mask: bool = False,
+        dpo_beta: float = 0.0,
     ):
         if len(source) == 0:
             raise DataError(
@@ -147,7 +150,7 @@ class Loader:
         self.micro_batch_size, self.num_microbatches = micro_batch_size, num_microbatches
         self.seq_cut = mesh.axis("tp") if sequence_parallel else None
         self.context = Context(mesh.axis("cp"), cp_form)
-        self.reset_attention_mask = reset_attention_mask
+        self.reset_attention_mask, self.dpo_beta = reset_attention_mask, dpo_beta
 
     def step(self, consumed: int, num_microbatches: int | None = None) -> list[Call]:
         """This rank's microbatches of the step that starts after `consumed` samples.
@@ -200,7 +203,16 @@ class Loader:
             seq_cut=self.seq_cut,
             context=self.context,
             starts=starts,
+            preference=self._preference(windows),
         )
+
+    def _preference(self, windows: Sequence[int | None]) -> Preference | None:
+        of = self.source.reference
+        if of is None:
+            return None
+        known = torch.tensor([0.0 if k is None else of[k] for k in windows], dtype=torch.float64)
+        counts = torch.tensor([k is not None for k in windows])
+        return Preference(self._to_device(known), self._to_device(counts), self.dpo_beta)
 
     def _sample(self, k: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Inputs, labels and where documents start, each [s], of window `k`."""

@@ -6,6 +6,9 @@ closed set of words; capitals; what the parts of megalite are. A small model can
 minutes. One way of asking each question is held out, so that answers show more than recall of a
 line: another way for each question, so that all ways are learned from.
 
+The same as pairs of answers, for preference tuning: the right one, and one to another question of
+the kind.
+
 Besides, functions of the standard library to be written from their docstrings, split by module: the
 form of real data, and more than a small model can learn.
 """
@@ -21,7 +24,7 @@ import json
 import platform
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from keyword import iskeyword
 from pathlib import Path
@@ -189,7 +192,8 @@ class ConversationsArgs:
     """Make the default conversations from this machine's Python."""
 
     out: PathText = "runs/conversations"
-    """Directory for train.jsonl, valid.jsonl, valid-functions.jsonl and conversations.json."""
+    """Directory for train.jsonl, valid.jsonl and valid-functions.jsonl, for pairs.jsonl and
+    valid-pairs.jsonl of right and wrong answers, and for conversations.json."""
     stdlib: PathText = ""
     """Directory of Python source to mine functions from (empty: this Python's standard library)."""
     functions: int = 500
@@ -202,6 +206,7 @@ def build_conversations(args: ConversationsArgs) -> None:
         raise UserError(f"--{'stdlib' if args.out else 'out'}: is empty (name a directory)")
     out, questions = Path(args.out), list(every_question())
     train, valid = split_by_way(questions)
+    wrong = wrong_answers(questions)
     functions: tuple[list[dict], list[dict]] = ([], [])
     if args.functions:
         functions = split_by_module(mine_functions(Path(args.stdlib)), args.functions)
@@ -209,6 +214,8 @@ def build_conversations(args: ConversationsArgs) -> None:
         "train": _write(out / "train.jsonl", [*train, *functions[0]]),
         "valid": _write(out / "valid.jsonl", valid),
         "valid-functions": _write(out / "valid-functions.jsonl", functions[1]),
+        "pairs": _write(out / "pairs.jsonl", with_wrong(train, wrong)),
+        "valid-pairs": _write(out / "valid-pairs.jsonl", with_wrong(valid, wrong)),
     }
     kinds = Counter(question.kind for question in questions)
     meta = {"python": platform.python_version(), "questions": dict(kinds), "conversations": counts}
@@ -278,6 +285,30 @@ def split_by_way(questions: Iterable[Question]) -> tuple[list[dict], list[dict]]
             entry = _asked(asked.format(about), answer)
             (valid if way == held_out else train).append(entry)
     return train, valid
+
+
+def wrong_answers(questions: Iterable[Question]) -> dict[str, str]:
+    """For each answer one that is given to the next question of its kind that has another."""
+    of_kind: dict[str, list[str]] = {}
+    for question in questions:
+        of_kind.setdefault(question.kind, []).append(question.answer)
+    found = {}
+    for answers in of_kind.values():
+        for i, answer in enumerate(answers):
+            others = (other for other in (*answers[i:], *answers[:i]) if other != answer)
+            if (other := next(others, None)) is not None:
+                found[answer] = other
+    return found
+
+
+def with_wrong(entries: Iterable[dict], wrong: Mapping[str, str]) -> list[dict]:
+    """Conversations of a question and its answer, as pairs of that answer and a wrong one."""
+    pairs = []
+    for question, answer in (entry["messages"] for entry in entries):
+        if (other := wrong.get(answer["content"])) is not None:
+            texts = {"chosen": answer["content"], "rejected": other}
+            pairs.append({"prompt": question["content"], **texts})
+    return pairs
 
 
 def _asked(question: str, answer: str) -> dict:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from megalite.core import rng
 from megalite.core.call import Call
-from megalite.core.check import unknown
+from megalite.core.check_values import unknown
 from megalite.core.config import ModelConfig
 from megalite.core.errors import UserError
 from megalite.core.mesh import Mesh

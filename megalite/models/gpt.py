@@ -2,6 +2,7 @@
 
 A stage takes the residual stream of the stage before it (the first takes tokens) and gives the
 residual stream of the next; the last gives the summed loss, or logits where the call has no labels.
+Of pairs of answers that are not learned from it gives log p(preferred) - log p(other) of each.
 One process holds one stage with everything. Parameter names are those of the whole model, at every
 layout.
 """
@@ -23,7 +24,7 @@ from megalite.layers.attention import Attention
 from megalite.layers.dropout import dropout
 from megalite.layers.embedding import Embedding, Positions
 from megalite.layers.linear import column_linear
-from megalite.layers.loss import cross_entropy_sum
+from megalite.layers.loss import cross_entropy, log_ratios, preference_loss
 from megalite.layers.mlp import MLP
 from megalite.layers.norm import Norm
 
@@ -161,7 +162,7 @@ class GPT(nn.Module):
             logits = self.cfg.logit_soft_cap * torch.tanh(logits / self.cfg.logit_soft_cap)
         if call.labels is None:
             return logits
-        return cross_entropy_sum(
+        losses = cross_entropy(
             logits.flatten(0, 1),
             call.labels.flatten(),
             self.cfg.vocab_size,
@@ -169,3 +170,7 @@ class GPT(nn.Module):
             smoothing=self.cfg.label_smoothing if call.training else 0.0,
             z_loss=self.cfg.z_loss if call.training else 0.0,
         )
+        if call.preference is None:
+            return losses.sum()
+        ratios = log_ratios(losses.view_as(call.labels), call)
+        return preference_loss(ratios, call) if call.training else ratios

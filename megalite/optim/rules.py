@@ -17,7 +17,7 @@ import inspect
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megalite.core.check import unknown
+from megalite.core.check_values import unknown
 from megalite.core.config import OptimConfig
 from megalite.core.errors import UserError
 from megalite.core.params import is_hidden_matrix

@@ -14,7 +14,7 @@ import shlex
 from collections.abc import Callable, Generator
 from pathlib import Path
 
-from megalite.core.check import check_fields
+from megalite.core.check_values import check_fields
 from megalite.core.errors import UserError
 from megalite.data.chat import Message, Template
 from megalite.serve.client import Server

@@ -203,4 +203,5 @@ def build_loader(engine: Engine, source: TokenSource) -> Loader:
         sequence_parallel=config.layout.sequence_parallel,
         cp_form=config.layout.cp_form,
         reset_attention_mask=config.data.keeps_documents_apart,
+        dpo_beta=config.data.dpo_beta,
     )

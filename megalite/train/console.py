@@ -95,7 +95,7 @@ def header(
         f"{train.train_steps} steps",
     ]
     plural = "s" if threads > 1 else ""
-    verb = "sft" if config.data.talks else "pretrain"
+    verb = "dpo" if config.data.prefers else "sft" if config.data.talks else "pretrain"
     lines = [
         f"megalite {verb} | torch {torch.__version__} {backend} | {world_size} ranks, {threads} "
         f"thread{plural} each | out {train.out}",

@@ -70,6 +70,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "optimizer": ("adamw", "muon", "sgd"),
     "mup_base_width": (None, 16),
     "lora_rank": (0, 3),
+    "dpo_beta": (0.0, 0.5),
     "ramp": (False, True),
 }
 EASY = {"microbatches": 2, "recompute": "selective"}
@@ -150,8 +151,8 @@ class Space:
             return values if plain else ("gpt",)
         if name == "uneven" and base.layout.pp_layers is not None:
             return (False,)
-        if name == "reset_attention_mask" and not _minds_documents(base):
-            return (False,)
+        if name in ("reset_attention_mask", "dpo_beta") and not _minds_documents(base):
+            return values[:1]
         if name == "ramp" and base.train.rampup_batch_size is not None:
             return (True,)
         for group in (base.layout, base.model, base.data, base.train, base.optim):

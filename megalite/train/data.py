@@ -14,6 +14,7 @@ from megalite.data.chat import Conversation, Template, read_conversations
 from megalite.data.indexed import IndexedDataset
 from megalite.data.loader import Synthetic, TokenSource, Windows
 from megalite.data.packing import Conversations
+from megalite.data.preferences import Pairs, read_preferences, render_pair
 from megalite.data.strict_json import parse_json
 from megalite.data.tokenizer import Tokenizer
 from megalite.train.console import count
@@ -56,7 +57,8 @@ def open_data(config: Config, prefix: str, mesh: Mesh, tokenizer: Tokenizer | No
     """The windows of a dataset. All ranks call it together."""
     model = config.model
     if config.data.is_conversations(prefix):
-        return _open_conversations(config, prefix, tokenizer)
+        opened = _open_pairs if config.data.prefers else _open_conversations
+        return opened(config, prefix, _template_of(prefix, tokenizer))
     if prefix == "synthetic":
         source = Synthetic(model.vocab_size, model.seq_len, config.train.seed)
         return Opened(source, "synthetic Markov chain")
@@ -74,10 +76,23 @@ def open_data(config: Config, prefix: str, mesh: Mesh, tokenizer: Tokenizer | No
     return Opened(windows, f"{prefix}, {size}{apart}")
 
 
-def _open_conversations(config: Config, path: str, tokenizer: Tokenizer | None) -> Opened:
+def _template_of(path: str, tokenizer: Tokenizer | None) -> Template:
     if tokenizer is None:
         raise UserError(f"--data {path}: conversations need a tokenizer (name it by --tokenizer)")
-    template, said = Template(tokenizer), read_conversations(path)
+    return Template(tokenizer)
+
+
+def _open_pairs(config: Config, path: str, template: Template) -> Opened:
+    read = read_preferences(path)
+    made = Pairs([render_pair(template, pair) for pair in read], config.model.seq_len)
+    words = f"{count(len(made))} pairs of answers"
+    if made.dropped:
+        words += f", {made.dropped} longer than --seq-len (dropped)"
+    return Opened(made, f"{path}, {words}")
+
+
+def _open_conversations(config: Config, path: str, template: Template) -> Opened:
+    said = read_conversations(path)
     made = Conversations(
         [template.render(conversation) for conversation in said],
         config.model.seq_len,

@@ -1,10 +1,15 @@
-"""Held-out loss, bits per byte beside gzip's, and samples, at whatever layout the run has."""
+"""What a run is evaluated by: held-out loss, bits per byte beside gzip's, and samples, at whatever
+layout it has. More of the kind: exam.py, preference.py.
+"""
 
 from __future__ import annotations
 
 import gzip
+import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -15,10 +20,31 @@ from megalite.data.tokenizer import Tokenizer
 from megalite.generate.engine import Request, complete
 from megalite.generate.sample import Sampling
 from megalite.generate.share import make_share
+from megalite.train import console
 from megalite.train.build import Engine
 
 GZIP_LIMIT = 4 * 2**20
 """Held-out tokens beyond these are not compressed: gzip's ratio has settled by then."""
+SAMPLE_TOKENS = 40
+
+
+class Found(NamedTuple):
+    """What an evaluation has found."""
+
+    lines: Sequence[str]
+    """As it is said on the screen."""
+    numbers: Mapping[str, float | None] = {}
+    """As it is written down in metrics.jsonl."""
+    text: str = ""
+    """A sample of the model's text."""
+
+
+class Evaluation(Protocol):
+    """One way of looking at a model in training."""
+
+    def take(self, engine: Engine, *, last: bool) -> Found:
+        """Look. All ranks call it together; `last`: at all there is."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -30,6 +56,34 @@ class HeldOut:
     """Bytes of each token id; None without a tokenizer."""
     gzip_bits_per_byte: float | None
     """What gzip -9 makes of the same text; rank 0 alone needs it and has it."""
+
+    def take(self, engine: Engine, *, last: bool) -> Found:
+        """Its loss."""
+        count = len(self.loader.source) if last else engine.config.train.eval_samples
+        loss, bits = evaluate(engine, self, count)
+        reference = self.gzip_bits_per_byte
+        numbers = {"val_loss": loss, "val_bits_per_byte": bits, "gzip_bits_per_byte": reference}
+        return Found([f"  {console.held_out(loss, bits, reference)}"], numbers)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A text that the model goes on with."""
+
+    tokenizer: Tokenizer
+
+    def take(self, engine: Engine, *, last: bool) -> Found:
+        """From --sample-prompt, the same random numbers each time."""
+        train, room = engine.config.train, engine.config.model.seq_len
+        text = sample(
+            engine,
+            self.tokenizer,
+            train.sample_prompt,
+            max_tokens=min(SAMPLE_TOKENS, room),
+            seed=train.seed,
+        )
+        line = f"  sample: {json.dumps(text)[1:-1][: console.WIDTH - 12]}"
+        return Found([line], text=text)
 
 
 def held_out(loader: Loader, tokenizer: Tokenizer | None) -> HeldOut:

@@ -375,8 +375,8 @@ COMPOSED: dict[Any, Callable[..., Any]] = {
 
 # -- functions of single numbers ---------------------------------------------------------------
 
-POINTWISE = {aten._foreach_add_, aten._fused_adamw_}
-"""Such functions that torch does not tag, as they take lists."""
+POINTWISE = {aten._foreach_add_, aten._fused_adamw_, aten.softplus_backward}
+"""Such functions that torch does not tag."""
 ROUNDED_ONCE = {aten.add, aten.add_, aten.sub, aten.sub_, aten.mul, aten.mul_, aten.div, aten.div_}
 """Those that IEEE 754 defines to the last bit (without `alpha`, which may be a fused product)."""
 

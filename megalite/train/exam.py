@@ -12,10 +12,13 @@ from megalite.data.chat import Conversation, Template
 from megalite.generate.engine import STOP, Generation, Request
 from megalite.generate.sample import Sampling
 from megalite.generate.share import make_share
+from megalite.train import console
 from megalite.train.build import Engine
+from megalite.train.evaluate import Found
 
 AT_ONCE = 64
 """Questions that one data rank answers together."""
+SHOWN_ANSWERS = 3
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,18 @@ class Exam:
             if len(prompt) + room <= seq_len:
                 self.asked.append(Asked(prompt, room, conversation[last - 1].content, expected))
 
-    def take(self, engine: Engine, count: int) -> tuple[int, list[Answered]]:
+    def take(self, engine: Engine, *, last: bool) -> Found:
+        """How many questions are answered word for word, and a few of the answers."""
+        count = len(self.asked) if last else min(len(self.asked), engine.config.train.eval_samples)
+        right, answers = self.ask(engine, count)
+        share = right / max(1, count)
+        lines = [f"  held-out exact match {share:.2f} ({right} of {count})"]
+        shown = SHOWN_ANSWERS if last else 1
+        for answered in answers[:: max(1, len(answers) // shown)][:shown]:
+            lines += console.answered(answered.question, answered.given)
+        return Found(lines, {"val_exact_match": share})
+
+    def ask(self, engine: Engine, count: int) -> tuple[int, list[Answered]]:
         """How many of the first `count` are answered word for word, and this rank's answers.
 
         Greedily. All ranks call it together; each data rank answers its share.

@@ -1,6 +1,7 @@
 """One train step, for every layout, and the loop around it.
 
-The loss is summed over unmasked tokens and divided by their number in the whole global batch.
+The loss is summed over its terms, which are unmasked tokens (of preference tuning, pairs), and
+divided by their number in the whole global batch.
 Backward starts from a constant, 1 / (samples x tokens of a step); the true count travels with the
 gradient norm, and the correction joins the clip factor. So nothing depends on micro-batch size, dp,
 or where padding falls. In float16 it starts from that constant times the loss scale, which the same
@@ -30,23 +31,32 @@ class Reduced:
     """
 
     expected: int
-    """Tokens of the step, masked or not."""
+    """Tokens of the step, masked or not: about as many as terms, or more."""
     sums: comm.Pending
-    """Of squares, losses, unmasked tokens, and ranks that were asked to stop."""
+    """Of squares, losses, ranks that were asked to stop, terms and unmasked tokens."""
     counted: comm.Pending | None = None
-    """Of unmasked tokens, where that sum does not wait for the others."""
+    """Of terms and unmasked tokens, where those sums do not wait for the others."""
     loss_scale: float = 1.0
     """What the loss was multiplied with before backward."""
 
     @property
+    def terms(self) -> Tensor:
+        """What the loss is a mean over: unmasked tokens, or pairs."""
+        return self._counts[0]
+
+    @property
     def tokens(self) -> Tensor:
         """Unmasked tokens."""
-        return self.sums.wait()[2] if self.counted is None else self.counted.wait()
+        return self._counts[1]
+
+    @property
+    def _counts(self) -> Tensor:
+        return self.sums.wait()[3:] if self.counted is None else self.counted.wait()
 
     @property
     def loss(self) -> Tensor:
-        """Mean over unmasked tokens."""
-        return self.sums.wait()[1] / self.tokens.clamp(min=1)
+        """Mean over its terms."""
+        return self.sums.wait()[1] / self.terms.clamp(min=1)
 
     @property
     def norm(self) -> Tensor:
@@ -56,7 +66,7 @@ class Reduced:
     @property
     def correction(self) -> Tensor:
         """What the gradients in the buckets are to be multiplied with to be those of the mean."""
-        return self.expected / (self.tokens.clamp(min=1) * self.loss_scale)
+        return self.expected / (self.terms.clamp(min=1) * self.loss_scale)
 
     @property
     def overflow(self) -> bool:
@@ -66,7 +76,7 @@ class Reduced:
     @property
     def stop(self) -> Tensor:
         """Above 0 where some rank was asked to stop."""
-        return self.sums.wait()[3]
+        return self.sums.wait()[2]
 
     def scale(self, clip: float) -> Tensor:
         """The correction, and what clips the norm to `clip` (0: nothing does)."""
@@ -93,27 +103,23 @@ def forward_backward(
     first = loss_scale / expected
     seed = torch.full((), first, dtype=_wide(engine.dtype), device=engine.device)
     log = engine.mesh.log
-    count = torch.zeros((), dtype=torch.float64, device=engine.device)
+    counts = torch.zeros(2, dtype=torch.float64, device=engine.device)
     if engine.counts_loss:
-        count += torch.stack([(c.labels >= 0).sum() for c in calls if c.labels is not None]).sum()
+        counts += torch.stack([torch.stack((c.terms, c.tokens_learned)) for c in calls]).sum(0)
     early = None
     if stands is None:
         log.doing("clear gradients")
         engine.zero.begin(len(calls))
     else:
-        early = comm.all_reduce_start(count.clone(), engine.mesh.world)
+        early = comm.all_reduce_start(counts.clone(), engine.mesh.world)
     loss = engine.pipeline.run(calls, seed=seed, stands=stands)
     log.doing("finish reductions")
     engine.zero.finish()
     log.doing("gradient norm")
-    mine = torch.stack(
-        (
-            engine.optimizer.sum_of_squares(),
-            loss.double() * engine.counts_loss,
-            count,
-            torch.full_like(count, float(stop)),
-        )
-    )
+    squares = engine.optimizer.sum_of_squares()
+    asked = torch.full_like(squares, float(stop))
+    found = torch.stack((squares, loss.double() * engine.counts_loss, asked))
+    mine = torch.cat((found, counts))
     return Reduced(expected, comm.all_reduce_start(mine, engine.mesh.world), early, loss_scale)
 
 

@@ -19,6 +19,8 @@ TAGS = {
     "val_loss": "val/loss",
     "val_bits_per_byte": "val/bpb",
     "val_exact_match": "val/exact_match",
+    "val_preferred": "val/preferred",
+    "val_margin": "val/margin",
     "tokens_per_s": "perf/tokens_per_s",
     "tflops_per_rank": "perf/tflops_per_rank",
     "tflops_per_rank_full": "perf/tflops_per_rank_full",

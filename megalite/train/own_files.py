@@ -28,7 +28,9 @@ def attention_of(config: Config) -> Callable[..., nn.Module]:
     spec = config.model.attention
     made = load_attention(spec)
     if config.data.keeps_documents_apart and not getattr(made, "keeps_documents_apart", False):
-        asked = "--reset-attention-mask" if config.data.reset_attention_mask else "--pack"
+        data = config.data
+        names = {"--reset-attention-mask": data.reset_attention_mask, "--dpo-beta": data.prefers}
+        asked = next((name for name, is_asked in names.items() if is_asked), "--pack")
         raise UserError(
             f"{asked}: --attention {spec} does not say that it minds documents "
             "(mask by call.starts, then set keeps_documents_apart = True in the class)"

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,18 +41,17 @@ from megalite.train.build import (
 )
 from megalite.train.data import find_tokenizer, open_data
 from megalite.train.deterministic import be_deterministic
-from megalite.train.evaluate import HeldOut, evaluate, held_out, sample
+from megalite.train.evaluate import Evaluation, Sample, held_out
 from megalite.train.exam import Exam
 from megalite.train.failure import Explain, Stop, Stopped, failures_told, forget_cause
 from megalite.train.loop import Reduced
 from megalite.train.metrics import Metrics, peak_memory_gb
 from megalite.train.own_files import as_tree, changed_files, check_own_code, own_files
 from megalite.train.pictures import draw_loss, draw_schedule, timeline
+from megalite.train.preference import Preferred, read_reference, set_reference
 from megalite.train.steps import Steps
 from megalite.train.trace import Trace
 
-SAMPLE_TOKENS = 40
-SHOWN_ANSWERS = 3
 LORA = ("lora_rank", "lora_alpha", "lora_targets")
 TRAINING_ALONE = ("dropout", "attention_dropout", "label_smoothing", "z_loss", "init_std")
 """Fields of the model that say nothing of what its weights compute."""
@@ -90,7 +90,7 @@ class Run:
         self.engine = build_engine(config, self.mesh, device=self.device, dtype=dtype)
         self.peak = flops.peak_of(self.device, dtype)
         self.loader = build_loader(self.engine, source)
-        self.held_out, self.exam = self._held_out()
+        self.evaluations: list[Evaluation] = list(self._evaluations())
         check_space(self.out, self.engine.optimizer, self.mesh)
         self.step, self.samples, self.tokens = self._start_point()
         self.evaluated_at: int | None = None
@@ -113,6 +113,8 @@ class Run:
         )
         if self.device.type == "cuda":
             self._say(f"  {console.flops_rule(config, self.device, self.peak)}")
+        if config.data.prefers:
+            self._take_reference()
         metrics = Metrics(self.out, from_step=self.step) if self._is_first else None
         self.metrics = metrics
         if metrics is not None:
@@ -225,46 +227,17 @@ class Run:
         return learning_rate(optim, **spent)
 
     def _evaluate(self, *, last: bool) -> None:
-        """Held-out loss (over all of the text at the end) and a sample."""
+        """Take every evaluation, at the end over all there is."""
         self.evaluated_at = self.step
-        if self.held_out is not None:
-            count = len(self.held_out.loader.source) if last else self.config.train.eval_samples
-            loss, bits = evaluate(self.engine, self.held_out, count)
-            reference = self.held_out.gzip_bits_per_byte
-            self._say(f"  {console.held_out(loss, bits, reference)}")
-            if self.metrics is not None:
-                self.metrics.write(
-                    self.step,
-                    val_loss=loss,
-                    val_bits_per_byte=bits,
-                    gzip_bits_per_byte=reference,
-                )
-        if self.exam is not None:
-            self._ask(self.exam, last=last)
-        elif self.tokenizer is not None and not self.config.data.talks:
-            train = self.config.train
-            text = sample(
-                self.engine,
-                self.tokenizer,
-                train.sample_prompt,
-                max_tokens=min(SAMPLE_TOKENS, self.config.model.seq_len),
-                seed=train.seed,
-            )
-            self._say(f"  sample: {json.dumps(text)[1:-1][: console.WIDTH - 12]}")
-            if self.metrics is not None:
-                self.metrics.text(self.step, text)
-
-    def _ask(self, exam: Exam, *, last: bool) -> None:
-        """How many held-out questions are answered word for word, and a few of the answers."""
-        count = len(exam.asked) if last else min(len(exam.asked), self.config.train.eval_samples)
-        right, answers = exam.take(self.engine, count)
-        share = right / max(1, count)
-        self._say(f"  held-out exact match {share:.2f} ({right} of {count})")
-        shown = SHOWN_ANSWERS if last else 1
-        for answered in answers[:: max(1, len(answers) // shown)][:shown]:
-            self._say(*console.answered(answered.question, answered.given))
-        if self.metrics is not None:
-            self.metrics.write(self.step, val_exact_match=share)
+        for evaluation in self.evaluations:
+            found = evaluation.take(self.engine, last=last)
+            self._say(*found.lines)
+            if self.metrics is None:
+                continue
+            if found.numbers:
+                self.metrics.write(self.step, **found.numbers)
+            if found.text:
+                self.metrics.text(self.step, found.text)
 
     def _write_trace(self) -> None:
         """Leave the trace of the steps so far, if any was asked for."""
@@ -354,15 +327,28 @@ class Run:
             if self.config.data.talks:
                 (self.out / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 
-    def _held_out(self) -> tuple[HeldOut | None, Exam | None]:
-        prefix, exam = self.config.data.valid_data, None
-        if not prefix:
-            return None, None
-        source, _, talks = open_data(self.config, prefix, self.mesh, self.tokenizer)
-        if talks:
-            assert self.tokenizer is not None
-            exam = Exam(talks, Template(self.tokenizer), seq_len=self.config.model.seq_len)
-        return held_out(build_loader(self.engine, source), self.tokenizer), exam
+    def _evaluations(self) -> Iterator[Evaluation]:
+        data, tokenizer = self.config.data, self.tokenizer
+        if data.valid_data:
+            source, _, talks = open_data(self.config, data.valid_data, self.mesh, tokenizer)
+            loader = build_loader(self.engine, source)
+            yield Preferred(loader) if data.prefers else held_out(loader, tokenizer)
+            if talks:
+                assert tokenizer is not None
+                yield Exam(talks, Template(tokenizer), seq_len=self.config.model.seq_len)
+        if tokenizer is not None and not data.talks:
+            yield Sample(tokenizer)
+
+    def _take_reference(self) -> None:
+        """What the model that this run began from says of all pairs: asked once, then read."""
+        held_out = [e.loader for e in self.evaluations if isinstance(e, Preferred)]
+        loaders = dict(zip(("train", "valid"), (self.loader, *held_out), strict=False))
+        if self.step:
+            return read_reference(loaders, self.out)
+        began = time.monotonic()
+        set_reference(self.engine, loaders, self.out)
+        pairs = sum(len(loader.source) for loader in loaders.values())
+        self._say(f"reference of {pairs} pairs in {console.duration(time.monotonic() - began)}")
 
     def _say_stopped(self, saved: int) -> None:
         train = self.config.train

@@ -63,5 +63,26 @@ def chat() -> Config:
     )
 
 
-RECIPES: dict[str, Callable[[], Config]] = {"demo": demo, "chat": chat}
+def prefer() -> Config:
+    """The demo's chat model, taught to prefer right answers to wrong ones; 2 processes."""
+    begun = chat()
+    return replace(
+        begun,
+        data=DataConfig(
+            data="runs/demo/conversations/pairs.jsonl",
+            valid_data="runs/demo/conversations/valid-pairs.jsonl",
+            dpo_beta=0.1,
+        ),
+        optim=replace(begun.optim, lr=1e-4, warmup_steps=10),
+        train=replace(
+            begun.train,
+            out="runs/demo-dpo",
+            init_from="runs/demo-chat",
+            train_steps=60,
+            eval_interval=20,
+        ),
+    )
+
+
+RECIPES: dict[str, Callable[[], Config]] = {"demo": demo, "chat": chat, "prefer": prefer}
 """Recipe by name, called without arguments."""

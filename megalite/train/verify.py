@@ -165,8 +165,9 @@ def engine_of(
 class Checked(Synthetic):
     """Synthetic windows with masked labels, whose lengths differ if `varying`.
 
-    Tokens, documents, masks and lengths follow from a window's number alone. No label at a position
-    in `blank` takes part.
+    Tokens, documents, masks and lengths follow from a window's number alone; so do, where the
+    config learns preferences, the place where a pair's second answer begins, and what the model is
+    said to have thought of both before. No label at a position in `blank` takes part.
     """
 
     WINDOWS = 1 << 10
@@ -176,6 +177,8 @@ class Checked(Synthetic):
         super().__init__(config.model.vocab_size, s, seed=5, length=self.WINDOWS)
         self.blank = list(blank)
         self.lengths = s - np.arange(self.WINDOWS) % 3 * (s // 4) if varying else None
+        if config.data.prefers:
+            self.reference = np.random.default_rng(7).normal(size=self.WINDOWS)
 
     def window(self, idx: int) -> np.ndarray:
         """Tokens [s + 1] of window `idx`, s its own length."""
@@ -183,7 +186,11 @@ class Checked(Synthetic):
 
     def starts(self, idx: int) -> np.ndarray:
         """Start of the document of each input [s] of window `idx`."""
-        return super().starts(idx)[: self.length_of(idx)]
+        if self.reference is None:
+            return super().starts(idx)[: self.length_of(idx)]
+        places = np.arange(self.length_of(idx))
+        second = int(np.random.default_rng([11, idx]).integers(1, len(places)))
+        return np.where(places < second, 0, second)
 
     def learned(self, idx: int) -> np.ndarray:
         """Which labels count: all but a drawn share and those in `blank`."""

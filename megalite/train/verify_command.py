@@ -148,6 +148,8 @@ def given_row(config: Config, *, most: int) -> Row:
     }
     if config.data.reset_attention_mask:
         changed["reset_attention_mask"] = True
+    if config.data.prefers:
+        changed["dpo_beta"] = config.data.dpo_beta
     name = name_of(changed) + (" uneven" if lay.pp_layers else "")
     return Row(name, small, world)
 

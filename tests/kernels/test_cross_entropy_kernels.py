@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from megalite.core.mesh import Axis
-from megalite.layers.loss import cross_entropy_sum
-from megalite.ops import cross_entropy
+from megalite.layers.loss import cross_entropy
+from megalite.ops import cross_entropy as ops
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 WIDTHS = (1, 7, 8, 31, 33, 1000, 1023, 4097, 12288, 50257)
@@ -35,7 +35,7 @@ def test_any_vocabulary(emulated, width, dtype):
     logits, labels = drawn(3, width, dtype)
     wanted, grad = in_float64(logits, labels)
     leaf = logits.clone().requires_grad_()
-    loss = cross_entropy_sum(leaf * 1.0, labels, width, Axis("tp"))
+    loss = cross_entropy(leaf * 1.0, labels, width, Axis("tp")).sum()
     loss.backward()
     assert emulated.count == 2
     assert abs(loss.item() - wanted) <= 1e-4 * max(1.0, abs(wanted))
@@ -50,7 +50,7 @@ def test_padding_is_never_predicted(emulated):
     padded = logits.clone()
     padded[:, 50:] = torch.nan  # not looked at
     leaf = padded.requires_grad_()
-    loss = cross_entropy_sum(leaf * 1.0, labels.clamp(min=0), 50, Axis("tp"))
+    loss = cross_entropy(leaf * 1.0, labels.clamp(min=0), 50, Axis("tp")).sum()
     loss.backward()
     assert loss.item() == pytest.approx(wanted, rel=1e-5)
     torch.testing.assert_close(leaf.grad[:, :50].double(), grad, rtol=1e-4, atol=1e-5)
@@ -65,18 +65,18 @@ def in_parts(logits, labels, known, **how):
         here = (labels >= width * idx) & (labels < width * (idx + 1))
         column = (labels - width * idx).masked_fill(~here, 0)
         mine = min(width, max(0, known - width * idx))
-        parts.append(cross_entropy.Part(column, here, mine, size, **how))
+        parts.append(ops.Part(column, here, mine, size, **how))
     both = list(zip(pieces, parts, strict=True))
-    begun = [cross_entropy.begin(piece, part) for piece, part in both]
+    begun = [ops.begin(piece, part) for piece, part in both]
     top = torch.maximum(begun[0][0], begun[1][0])
     found = [
-        cross_entropy.partials(piece, top, part, first)
+        ops.partials(piece, top, part, first)
         for (piece, part), first in zip(both, begun, strict=True)
     ]
     sums = found[0] + found[1]
     ones = torch.ones(len(logits))
-    grads = [cross_entropy.gradient_(piece, top, sums[0], part, ones) for piece, part in both]
-    return cross_entropy.losses(top, sums, parts[0]), torch.cat(grads, 1)
+    grads = [ops.gradient_(piece, top, sums[0], part, ones) for piece, part in both]
+    return ops.losses(top, sums, parts[0]), torch.cat(grads, 1)
 
 
 @pytest.mark.parametrize("known", [17, 25, 48])

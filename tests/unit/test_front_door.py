@@ -178,7 +178,7 @@ COMMAND_LINE = [
     ("--data ''", "--data: must not be empty"),
     ("junk", "unexpected argument 'junk' (see megalite pretrain --help)"),
     ("--model gpt2", f"unknown --model 'gpt2' (did you mean gpt2-124m? known: {PRESETS})"),
-    ("--recipe dem", "unknown --recipe 'dem' (did you mean demo? known: demo, chat)"),
+    ("--recipe dem", "unknown --recipe 'dem' (did you mean demo? known: demo, chat, prefer)"),
     ("--recipe demo --config x", "--recipe: not together with --config (both are a whole run)"),
     ("--config absent", "--config absent: No such file or directory"),
     ("--config text.txt",
@@ -254,7 +254,7 @@ SERVE = [
 ]  # fmt: skip
 
 KNOWN_VERBS = (
-    "corpus, conversations, tokenizer, preprocess, pretrain, sft, verify, inspect, convert, "
+    "corpus, conversations, tokenizer, preprocess, pretrain, sft, dpo, verify, inspect, convert, "
     "generate, chat, serve"
 )
 VERBS = [

@@ -11,7 +11,7 @@ import tyro
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalite.core.check import flag
+from megalite.core.check_values import flag
 from megalite.core.cli import field_docs, options_of, parse
 from megalite.core.config import Config, ModelConfig, OptimConfig, PathText
 from megalite.core.errors import UserError

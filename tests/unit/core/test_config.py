@@ -7,7 +7,7 @@ from typing import get_type_hints
 
 import pytest
 
-from megalite.core.check import RULE_OF, divisors, kinds_of, nearest
+from megalite.core.check_values import RULE_OF, divisors, kinds_of, nearest
 from megalite.core.cli import field_docs
 from megalite.core.config import Config, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
 from megalite.core.errors import UserError

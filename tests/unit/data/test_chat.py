@@ -144,5 +144,5 @@ def test_files_are_read_in_order_and_their_mistakes_have_a_line(tmp_path):
     with pytest.raises(DataError, match="no conversation inside"):
         read_conversations(plain)
     (tmp_path / "c.txt").write_text("a")
-    with pytest.raises(DataError, match=r"c\.txt: conversations are \.jsonl"):
+    with pytest.raises(DataError, match=r"c\.txt: a conversation is a line of \.jsonl"):
         read_conversations(tmp_path)

@@ -84,13 +84,13 @@ def engine(template):
 def test_right_answers_are_counted(template, says, engine):
     exam = Exam([talk(i) for i in range(COUNT)], template, seq_len=256)
     says(lambda i: f"number {i}" if i % 3 else f"number {i} or so")
-    right, answers = exam.take(engine, COUNT)
+    right, answers = exam.ask(engine, COUNT)
     assert right == sum(i % 3 > 0 for i in range(COUNT)) and len(answers) == COUNT
     assert [a.is_right for a in answers] == [i % 3 > 0 for i in range(COUNT)]
     assert answers[1].question == "say 1" and answers[1].given == "number 1"
     # An answer is cut where a right one would have ended.
     assert answers[0].given.startswith("number 0")
-    few, answers = exam.take(engine, 5)
+    few, answers = exam.ask(engine, 5)
     assert few == 3 and len(answers) == 5
 
 

@@ -89,7 +89,7 @@ def test_without_sequence_parallelism_there_are_all_reduces_alone():
     whole = M * (layers * 4 + 2)
     assert found == {
         ("all_reduce", "tp"): (whole + 2 * M, whole * FULL + M * 3 * TOKENS),
-        ("all_reduce", "world"): (1, 32),
+        ("all_reduce", "world"): (1, 40),
     }
 
 
