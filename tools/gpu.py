@@ -2,8 +2,8 @@
 """Everything that needs a GPU, in one go: what `make gpu` calls.
 
     python3 tools/gpu.py                  kernels built, tested, sanitized and timed; training
-                                          timed; layouts verified, many ranks on this GPU
-    python3 tools/gpu.py --part kernels   or train, or layouts
+                                          and generation timed; layouts verified, many ranks on it
+    python3 tools/gpu.py --part kernels   or train, generate or layouts
     python3 tools/gpu.py --dry-run        the same steps at tiny sizes on a CPU
 
 Uses the interpreter that runs it, and installs nothing: pure-Python packages that it lacks are
@@ -91,6 +91,11 @@ def steps_of(python: str, work: Path, dry: bool) -> list[Step]:
             args += ["--device", "cpu" if dry else "cuda", "--ops-backend", backend]
             name = " ".join([workload, backend, *more])
             steps.append(Step("train", name, tool("bench_train", *args), path))
+    for precision in ("fp32", "bf16"):
+        path, json_out = out(f"generate-{precision}")
+        args = ["--device", "cpu" if dry else "cuda", "--precision", precision, *json_out]
+        args += ["--shape", "gpt2-tiny", "--rounds", "1"] if dry else ["--rounds", "5"]
+        steps.append(Step("generate", precision, tool("bench_generate", *args), path))
     for precision in ("fp32", "bf16"):
         path, json_out = out(f"verify-{precision}")
         args = ["--random", "2" if dry else "40", "--max-ranks", "2" if dry else "8", *json_out]
@@ -249,6 +254,9 @@ def report(about: dict[str, str], steps: list[Step]) -> str:
     trained = [row for step in steps if step.part == "train" for row in step.figures or []]
     if trained:
         lines += ["", *_training_table(trained)]
+    generated = [row for step in steps if step.part == "generate" for row in step.figures or []]
+    if generated:
+        lines += ["", *_generation_table(generated)]
     return "\n".join(lines) + "\n"
 
 
@@ -295,6 +303,27 @@ def _training_table(rows: list[dict]) -> list[str]:
     return lines
 
 
+GENERATION = """## Generation
+
+Greedy, prompts of 16 tokens and 64 new ones, reading included; `megalite-launched` is ours without
+recordings.
+
+| model | batch | system | precision | tokens/s | times as long as ours | text |
+|---|---|---|---|---|---|---|"""
+
+
+def _generation_table(rows: list[dict]) -> list[str]:
+    lines = GENERATION.splitlines()
+    for row in rows:
+        head = f"| {row['workload']} | {row['layout']} | {row['system']} | {row['precision']} |"
+        if "not_run" in row:
+            lines.append(f"{head} not run: {row['not_run']} | | |")
+            continue
+        text = "same" if row["same_text"] else "differs"
+        lines.append(f"{head} {row['tokens_per_s']:.0f} | {row['ratio']:.2f} | {text} |")
+    return lines
+
+
 def _share(mfu: float | None) -> str:
     return "" if mfu is None else f"{100 * mfu:.1f}%"
 
@@ -304,7 +333,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--part", choices=("kernels", "train", "layouts"), help="one part alone")
+    parser.add_argument("--part", choices=("kernels", "train", "generate", "layouts"), help="one part alone")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on a CPU")
     args = parser.parse_args(argv)
     use_wheels()

@@ -69,6 +69,22 @@ class Cached:
 
 
 @dataclass(frozen=True, eq=False)
+class EverySlot:
+    """What came before the next token of every slot, row i of the call's that of slot i.
+
+    Nothing of it but `span` is in the shapes, and nothing is read by the host: what one recording
+    does holds for all steps of that span.
+    """
+
+    layers: Mapping[int, tuple[Tensor, Tensor]]
+    """As in Cached."""
+    places: Tensor
+    """[slots] int64: where the token stands, after all that is there."""
+    span: int
+    """Places that are looked at: more than any of `places` that counts."""
+
+
+@dataclass(frozen=True, eq=False)
 class Preference:
     """What makes the samples of a call pairs of answers, the preferred one first.
 
@@ -111,7 +127,7 @@ class Call:
     """Dropout is on, and what is added to the loss."""
     parts: Parts | None = None
     """The parts of a layer that backward runs again; None keeps everything."""
-    cache: Cached | None = None
+    cache: Cached | EverySlot | None = None
     """Where attention keeps keys and values, and finds earlier ones; None: all are in the call."""
     counted: Tensor | None = None
     """[s, b] int64: places of the tokens, where they are not counted from `positions`."""

@@ -84,6 +84,11 @@ def _is_gloo(axis: Axis) -> bool:
     return axis.group is not None and dist.get_backend(axis.group) != "nccl"
 
 
+def stays_on_device(axis: Axis) -> bool:
+    """Whether no collective over the axis passes through the host."""
+    return axis.size == 1 or not _is_gloo(axis)
+
+
 def all_reduce_start(
     x: Tensor, axis: Axis, op: str = "sum", *, dtype: torch.dtype | None = None
 ) -> Pending:

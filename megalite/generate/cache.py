@@ -75,7 +75,8 @@ class Memory(Protocol):
 class KeyValues:
     """Keys and values of `slots` texts of up to `seq_len` tokens in the layers of this rank.
 
-    Memory is taken as it is written to. `heads` gives each layer's kv heads and head size here.
+    One place more takes what nobody reads. Memory is taken as it is written to. `heads` gives each
+    layer's kv heads and head size here.
     """
 
     def __init__(
@@ -87,11 +88,11 @@ class KeyValues:
         dtype: torch.dtype,
         device: torch.device,
     ):
-        self.seq_len, self.device = seq_len, device
+        self.slots, self.seq_len, self.device = slots, seq_len, device
         self.layers = {
             layer: (
-                torch.empty((slots, m, seq_len, d), dtype=dtype, device=device),
-                torch.empty((slots, m, seq_len, d), dtype=dtype, device=device),
+                torch.empty((slots, m, seq_len + 1, d), dtype=dtype, device=device),
+                torch.empty((slots, m, seq_len + 1, d), dtype=dtype, device=device),
             )
             for layer, (m, d) in heads.items()
         }

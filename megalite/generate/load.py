@@ -119,7 +119,7 @@ def _share(model: ModelConfig, stages: Mapping[int, GPT], mesh: Mesh, at: Place)
     pipeline = Pipeline(
         schedule, stages, mesh, dtype=at.dtype, device=at.device, enter=_nothing, reduce=_nothing
     )
-    return make_share(model, stages, pipeline, slots=at.slots)
+    return make_share(model, stages, pipeline, slots=at.slots, record=True)
 
 
 def _pack(stages: Mapping[int, GPT]) -> None:

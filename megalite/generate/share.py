@@ -18,6 +18,7 @@ from megalite.core import comm
 from megalite.core.call import Call
 from megalite.core.config import ModelConfig
 from megalite.generate.cache import KeyValues, Memory, Step, Texts
+from megalite.generate.record import Recorded, can_record
 from megalite.models.gpt import GPT
 from megalite.parallel.pipeline import Pipeline
 
@@ -33,18 +34,23 @@ class Share:
     memory: Memory
     slots: int
     """Requests that can run at once."""
+    recorded: Recorded | None = None
+    """What runs steps of one token a request, where a GPU can replay them."""
 
     def run(self, step: Step) -> Tensor:
         """The wanted logits [w, v], the same on all ranks of the pipeline, who call it together."""
-        return self._logits(self.memory.call(step))
+        if self.recorded is not None and step.longest == 1:
+            return self.recorded.run(step, self.logits)
+        return self.logits(self.memory.call(step))
 
     def idle(self) -> None:
         """Take part in what other ranks run, with nothing of one's own."""
         nothing = torch.zeros(1, dtype=torch.int64, device=self.pipeline.device)
         call = Call(nothing[:, None], None, nothing, nothing, training=False, wanted=nothing)
-        self._logits(call)
+        self.logits(call)
 
-    def _logits(self, call: Call) -> Tensor:
+    def logits(self, call: Call) -> Tensor:
+        """The wanted logits [w, v] of a call."""
         pipeline, mesh, vocab = self.pipeline, self.pipeline.mesh, self.model.vocab_size
         assert call.wanted is not None
         made = pipeline.evaluate([call])
@@ -61,9 +67,18 @@ class Share:
 
 
 def make_share(
-    model: ModelConfig, stages: Mapping[int, GPT], pipeline: Pipeline, *, slots: int
+    model: ModelConfig,
+    stages: Mapping[int, GPT],
+    pipeline: Pipeline,
+    *,
+    slots: int,
+    record: bool = False,
 ) -> Share:
-    """A share with the stages of this rank; without a cache if some attention keeps no keys."""
+    """A share with the stages of this rank; without a cache if some attention keeps no keys.
+
+    `record`: replay steps of one token a request where that can be done; parameters must then stay
+    where they are.
+    """
     attention: dict[int, Any] = {  # a fork's own, or ours
         int(number): layer.attention
         for stage in stages.values()
@@ -78,7 +93,10 @@ def make_share(
             dtype=pipeline.dtype,
             device=pipeline.device,
         )
-    return Share(model, pipeline, memory, slots)
+    recorded = None
+    if record and isinstance(memory, KeyValues) and can_record(pipeline):
+        recorded = Recorded(memory)
+    return Share(model, pipeline, memory, slots, recorded)
 
 
 class Leader:
@@ -93,10 +111,6 @@ class Leader:
         self._tell(step.numbers())
         return self.share.run(step)
 
-    def wake(self) -> None:
-        """Have the others wait anew, whose patience ends with their collectives'."""
-        self._tell([_AGAIN])
-
     def dismiss(self) -> None:
         """Let the others go."""
         self._tell([_THE_END])
@@ -106,7 +120,7 @@ class Leader:
             comm.broadcast(torch.tensor(sent, device=self._device), self._world)
 
 
-_AGAIN, _THE_END = -1, -2
+_THE_END = -1
 
 
 def follow(share: Share) -> None:
@@ -118,5 +132,4 @@ def follow(share: Share) -> None:
         numbers = comm.broadcast(told, world).tolist()
         if numbers == [_THE_END]:
             return
-        if numbers != [_AGAIN]:
-            share.run(Step.of(numbers))
+        share.run(Step.of(numbers))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megalite.core import comm
-from megalite.core.call import Cached, Call, Context
+from megalite.core.call import Cached, Call, Context, EverySlot
 from megalite.core.params import acc_dtype
 from megalite.layers.core_attention import CoreAttention, finite
 
@@ -28,6 +28,8 @@ from megalite.layers.core_attention import CoreAttention, finite
 
 def attend(core: CoreAttention, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
     """My queries [s, b, n, d] over all keys and values, of which mine are [s, b, m, d]: as q."""
+    if isinstance(call.cache, EverySlot):
+        return _every_slot(core, q, k, v, call.cache)
     if call.cache is not None:
         return _cached(core, q, k, v, call.cache)
     if call.context is None:
@@ -87,6 +89,18 @@ def _next_token(core: CoreAttention, q: Tensor, k: Tensor, v: Tensor, end: int) 
     q = q.unflatten(0, (k.shape[0], -1)).unsqueeze(0)  # [1, m, n/m, d]
     k, v = k[None, :, first:end], v[None, :, first:end]
     return core.attend_all(q, k, v).flatten(1, 2)
+
+
+def _every_slot(core: CoreAttention, q: Tensor, k: Tensor, v: Tensor, cache: EverySlot) -> Tensor:
+    """The next token of every slot: [1, slots, n, d]."""
+    keys, values = cache.layers[core.layer]
+    slots = torch.arange(len(keys), device=q.device)
+    keys[slots, :, cache.places], values[slots, :, cache.places] = k[0], v[0]  # [slots, m, d]
+    at, last = torch.arange(cache.span, device=q.device), cache.places[:, None]
+    seen = at <= last if core.window is None else (at <= last) & (at > last - core.window)
+    q = q[0].unflatten(1, (keys.shape[1], -1))  # [slots, m, n/m, d], as in _next_token
+    k, v = keys[:, :, : cache.span], values[:, :, : cache.span]
+    return core.attend_all(q, k, v, seen[:, None, None]).flatten(1, 2).unsqueeze(0)
 
 
 def _chunks(

@@ -68,11 +68,13 @@ class CoreAttention:
         )
         return self._dropped(weights, q_at, k_at) @ v
 
-    def attend_all(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Queries [b, m, q, d], each over all keys and values [b, m, k, d]: as q. No dropout."""
+    def attend_all(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
+        """Queries [b, m, q, d] over all keys and values [b, m, k, d], or where `seen` [b, 1, 1, k]
+        holds: as q. No dropout.
+        """
         if self.soft_cap is None:
-            return F.scaled_dot_product_attention(q, k, v, scale=self.scale)
-        return scaled_softmax(self._capped(q @ k.transpose(-1, -2) * self.scale)) @ v
+            return F.scaled_dot_product_attention(q, k, v, seen, scale=self.scale)
+        return scaled_softmax(self._capped(q @ k.transpose(-1, -2) * self.scale), mask=seen) @ v
 
     def partial(
         self, q: Tensor, k: Tensor, v: Tensor, q_at: Tensor, k_at: Tensor

@@ -114,7 +114,7 @@ def _llama(cfg: ModelConfig, w: dict[str, Tensor]) -> tuple[nn.Module, dict[str,
 @torch.no_grad()
 def greedy(model: nn.Module, prompts: list[list[int]], new: int) -> list[list[int]]:
     """What `generate` of transformers says greedily after prompts of one length."""
-    ids = torch.tensor(prompts)
+    ids = torch.tensor(prompts, device=model.device)
     made = model.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new,
         min_new_tokens=new, pad_token_id=0,

@@ -14,9 +14,11 @@ from megalite.core.config import ModelConfig
 from megalite.core.mesh import Mesh
 from megalite.core.params import initialize
 from megalite.core.precision import default_dtype
+from megalite.generate import record
 from megalite.generate.cache import KeyValues, Part, Step, Texts
 from megalite.generate.engine import Generation, Request, complete
 from megalite.generate.load import Place, untrained_share
+from megalite.generate.record import Recorded
 from megalite.generate.sample import Sampling
 from megalite.generate.share import make_share
 from megalite.models.build import build_stages
@@ -76,6 +78,22 @@ def test_cached_logits_are_those_of_the_whole_text(model):
         assert ((ours - reference).abs() <= TOL).all()
         compared += len(ours)
     assert compared > 50
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_steps_that_can_be_recorded_have_the_same_logits(model, monkeypatch):
+    """What a GPU replays, run here as it is: every slot, whether something runs in it or not."""
+    monkeypatch.setattr(record, "SPAN", 8)
+    share = share_of(torch.float64, **model)
+    recorded = Recorded(share.memory, replay=False)
+    spans, call_of = [], recorded._call
+    monkeypatch.setattr(recorded, "_call", lambda span: spans.append(span) or call_of(span))
+    ours, plain = replace(share, recorded=recorded), uncached(share)
+    for step in random_steps(random.Random(5), share.slots):
+        found, reference = ours.run(step), plain.run(step)
+        assert found.shape == reference.shape
+        assert ((found - reference).abs() <= TOL).all()
+    assert set(spans) == {8, 16, 24} and len(spans) > 5
 
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
