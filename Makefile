@@ -58,7 +58,7 @@ kernels: .venv/stamp ## compiles the CUDA kernels (nvcc; no GPU): sm_80, sm_90, 
 
 # With PYTHON on the command line, that interpreter as it is: machines with GPUs are often offline.
 GPU_PYTHON := $(if $(filter command,$(word 1,$(origin PYTHON))),$(PYTHON),$(PY))
-gpu: $(if $(filter $(PY),$(GPU_PYTHON)),.venv/stamp) ## all that needs a GPU, into docs/gpu (PART=kernels, train or layouts)
+gpu: $(if $(filter $(PY),$(GPU_PYTHON)),.venv/stamp) ## all that needs a GPU, into docs/gpu (PART=kernels, train, generate or layouts)
 	$(GPU_PYTHON) tools/gpu.py $(if $(PART),--part $(PART)) $(ARGS)
 
 wheels: ## pure-Python packages for `make gpu` on a machine without a network, into vendor-wheels

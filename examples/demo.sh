@@ -4,7 +4,8 @@
 #
 # Everything is written to runs/demo and runs/demo-chat. A step is skipped when its output is there
 # and newer than its input, and training goes on from the last checkpoint; `rm -r runs/demo
-# runs/demo-chat` starts anew. Flags given to this script go to `megalite pretrain`.
+# runs/demo-chat` starts anew. Flags given to this script go to `megalite pretrain`. SMOKE=1: two
+# steps on a little text in one process, which shows that every command runs and teaches nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -38,8 +39,15 @@ case $gpus in
     4 | 5 | 6 | 7) ranks=4 layout=(--tp 2 --pp 2 --dp 1) ;;
     *) ranks=8 layout=() ;;
 esac
+text=() tuning=()
+if [ -n "${SMOKE:-}" ]; then
+    ranks=1
+    text=(--stdlib "$("$python" -c 'import email; print(email.__path__[0])')")
+    tuning=(--train-steps 2 --dp 1 --warmup-steps 0 --device cpu)
+    layout=(--tp 1 --pp 1 "${tuning[@]}")
+fi
 
-step $demo/corpus/corpus.json "" corpus --out $demo/corpus
+step $demo/corpus/corpus.json "" corpus --out $demo/corpus ${text[@]+"${text[@]}"}
 step $demo/tokenizer.json $demo/corpus/train.jsonl \
     tokenizer train --input $demo/corpus/train.jsonl --vocab-size 2048 --out $demo/tokenizer.json
 for part in train valid; do
@@ -64,4 +72,5 @@ echo "+ $python tools/sample_report.py $demo"
 
 step $demo/conversations/conversations.json "" conversations --out $demo/conversations --functions 200
 # Two ranks for a small model on short conversations: a checkpoint loads into any other layout.
-train $demo-chat $((ranks > 1 ? 2 : 1)) sft --recipe chat
+if [ -n "${SMOKE:-}" ]; then tuning+=(--valid-data ""); fi
+train $demo-chat $((ranks > 1 ? 2 : 1)) sft --recipe chat ${tuning[@]+"${tuning[@]}"}

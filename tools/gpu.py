@@ -333,7 +333,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--part", choices=("kernels", "train", "generate", "layouts"), help="one part alone")
+    parser.add_argument(
+        "--part", choices=("kernels", "train", "generate", "layouts"), help="one part alone"
+    )
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on a CPU")
     args = parser.parse_args(argv)
     use_wheels()
