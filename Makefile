@@ -11,7 +11,7 @@ WHEELS += pytest iniconfig pluggy packaging pygments
 export TORCH SYSTEM_TORCH
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test test-peers lint kernels gpu wheels bench clean FORCE
+.PHONY: help .venv demo test test-peers lint kernels gpu wheels bench docs clean FORCE
 
 help: ## this list
 	@echo 'megalite: make demo trains a model with 3D parallelism; make test shows that it is right.'
@@ -21,7 +21,7 @@ help: ## this list
 	@echo "  PYTHON=python3.12      which Python makes .venv (3.10 to 3.13)"
 	@echo "  TORCH='torch==2.13.0'  which torch to install: any pip arguments, --index-url too"
 	@echo "  SYSTEM_TORCH=1         reuse the torch (2.11 or later) that PYTHON already has"
-	@echo "  ARGS='-k mesh'         more arguments for demo, test, test-peers, kernels, gpu, bench"
+	@echo "  ARGS='-k mesh'         more arguments for demo, test, test-peers, kernels, gpu, bench, docs"
 
 .venv: .venv/stamp ## the Python environment; every target below makes it if it is not there
 	@echo '.venv is ready: .venv/bin/megalite, or ". .venv/bin/activate" and then megalite'
@@ -38,6 +38,9 @@ endif
 
 .venv-peers/stamp: .venv/stamp pyproject.toml
 	$(PY) tools/setup_env.py --peers
+
+.venv-docs/stamp: .venv/stamp pyproject.toml
+	$(PY) tools/setup_env.py --docs
 
 demo: .venv/stamp ## raw text to a model that answers, 8 ranks as TP2 x PP2 x DP2 on the way
 	examples/demo.sh $(ARGS)
@@ -67,6 +70,9 @@ wheels: ## pure-Python packages for `make gpu` on a machine without a network, i
 
 bench: .venv/stamp ## times a training step (ARGS=--help lists the choices)
 	$(PY) tools/bench_train.py $(ARGS)
+
+docs: .venv-docs/stamp ## the guide as HTML and PDF, with pictures of runs/demo, into build/docs
+	.venv-docs/bin/python tools/build_docs.py $(ARGS)
 
 clean: ## removes caches and build products; keeps runs/ and the environments
 	rm -rf build megalite.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

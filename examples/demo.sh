@@ -70,7 +70,8 @@ train $demo $ranks pretrain --recipe demo ${layout[@]+"${layout[@]}"} ${1+"$@"}
 echo "+ $python tools/sample_report.py $demo"
 "$python" tools/sample_report.py $demo
 
-step $demo/conversations/conversations.json "" conversations --out $demo/conversations --functions 200
+step $demo/conversations/conversations.json "" conversations \
+    --out $demo/conversations --functions 200 ${text[@]+"${text[@]}"}
 # Two ranks for a small model on short conversations: a checkpoint loads into any other layout.
 if [ -n "${SMOKE:-}" ]; then tuning+=(--valid-data ""); fi
 train $demo-chat $((ranks > 1 ? 2 : 1)) sft --recipe chat ${tuning[@]+"${tuning[@]}"}

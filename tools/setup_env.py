@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Makes this clone's Python environment, .venv, or with --peers .venv-peers. Called by make.
+"""Makes this clone's Python environment, .venv, or with --peers or --docs one more for an extra.
 
-Runs on the bare interpreter before anything is installed, so: standard library only, and the syntax
-of Python 3.6, so that an old interpreter reads a line that says so instead of a SyntaxError. It may
-be stopped at any time: the stamp is written last, and without it the next call goes on from what is
-there.
+Called by make. Runs on the bare interpreter before anything is installed, so: standard library
+only, and the syntax of Python 3.6, so that an old interpreter reads a line that says so instead of
+a SyntaxError. It may be stopped at any time: the stamp is written last, and without it the next
+call goes on from what is there.
 
 Environment: TORCH holds pip arguments that name the torch to install; SYSTEM_TORCH=1 reuses the
 torch that the calling interpreter already has. Without --this-python, a .venv that has another
@@ -272,25 +272,30 @@ def make_main(this_python):
     say("done: .venv has Python %s and torch %s" % (wish["python"], text))
 
 
-def make_peers():
-    """.venv-peers: .venv's packages, torch among them, and what the peer tests compare with."""
-    base, env = Environment(".venv"), Environment(".venv-peers")
+def make_extra(name, megabytes):
+    """.venv-NAME: .venv's packages, torch among them, and those of pyproject.toml's extra."""
+    base, env = Environment(".venv"), Environment(".venv-" + name)
     check_machine()
-    say("will download the packages of pyproject.toml's `peers` that are not in .venv: 10 MB")
+    say(
+        "will download the packages of pyproject.toml's `%s` that are not in .venv: %d MB"
+        % (name, megabytes)
+    )
     if ask(env.python, "import pip") is None:
         run(base.python, "-m", "venv", "--clear", env.path)
     env.link(base.python)
     # A new venv of Python 3.10 or 3.11 has an old setuptools of its own, which hides .venv's.
     env.pip_install("--quiet", "setuptools>=77")
-    env.pip_install("--no-build-isolation", "-e", ".[peers]")
+    env.pip_install("--no-build-isolation", "-e", ".[%s]" % name)
     env.write_stamp(base.read_stamp())
-    say("done: .venv-peers")
+    say("done: .venv-" + name)
 
 
 def main():
     try:
         if "--peers" in sys.argv[1:]:
-            make_peers()
+            make_extra("peers", 45)
+        elif "--docs" in sys.argv[1:]:
+            make_extra("docs", 35)
         else:
             make_main("--this-python" in sys.argv[1:])
     except SetupError as error:

@@ -20,7 +20,7 @@ TRAINING = {"--train-steps": "2", "--eval-interval": "0", "--device": "cpu"}
 SMALL: dict[str, dict[str, str]] = {
     "pretrain": TRAINING,
     "sft": TRAINING,
-    "dpo": TRAINING,
+    "dpo": {**TRAINING, "--data": "runs/guide/conversations/valid-pairs.jsonl"},
     "generate": {"--max-tokens": "3", "--device": "cpu"},
     "chat": {"--max-tokens": "3", "--device": "cpu"},
     "serve": {"--port": "0", "--device": "cpu"},

@@ -45,6 +45,8 @@ PROMPT = "def read_file(path):\n    with open(path"
 QUESTION = "What is the capital of France?"
 WIDTH = 6.0
 """Inches."""
+SIGNS = {" ": "\u2423", "\n": "\u23ce", "\t": "\u21e5"}
+"""How white space is shown."""
 RANKS = 8
 """Data ranks of the picture of memory."""
 
@@ -78,7 +80,7 @@ class Reader:
     def piece(self, token: int) -> str:
         """A token as it is shown: spaces and line ends have signs."""
         text = self.tokenizer.decode([token])
-        return text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
+        return "".join(SIGNS.get(c, c if c.isprintable() else f"x{ord(c):02x}") for c in text)
 
     def run_text(self, ids: list[int], share: Share | None = None) -> Tensor:
         """Logits [s, v] after each token of a text."""
@@ -305,7 +307,8 @@ def zero(reader: Reader) -> Figure:
     colours = (DEEP, PLAIN, WARM, "#b9c2cb", "#dfe4e8")
     bars: dict[str, list[float]] = {part: [] for part in parts}
     for stage in range(4):
-        here = replace(config, layout=LayoutConfig(dp=RANKS, zero=stage))
+        # Buckets that are small beside the model, as they are on a cluster.
+        here = replace(config, layout=LayoutConfig(dp=RANKS, zero=stage, bucket_mb=0.25))
         here.check(RANKS)
         found = stage_memory(here, RANKS, 0, torch.float32)
         for part in parts:

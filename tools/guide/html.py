@@ -61,7 +61,7 @@ def page(chapter: Chapter, chapters: Sequence[Chapter]) -> str:
     after = chapters[place + 1] if place + 1 < len(chapters) else None
     ways = "".join(
         f"<span>{_link(one, f'{sign} {one.title}') if one else ''}</span>"
-        for one, sign in ((before, "←"), (after, "→"))
+        for one, sign in ((before, "\u2190"), (after, "\u2192"))
     )
     body = _markdown().render(chapter.markdown)
     if chapter.name == "index":
