@@ -104,7 +104,7 @@ def _process(words: Sequence[str], command: Command, here: Path, *, smoke: bool)
 
 
 def _serve(words: Sequence[str], command: Command, here: Path) -> None:
-    """Start a server, wait until it says that it serves, and end it as Ctrl-C does."""
+    """Start a server, wait until it says that it serves, and end it."""
     process = _start(words, here)
     said: list[str] = []
     assert process.stdout is not None
@@ -114,7 +114,8 @@ def _serve(words: Sequence[str], command: Command, here: Path) -> None:
             said.append(line)
             if SERVES in line or time.monotonic() > end:
                 break
-        os.killpg(process.pid, signal.SIGINT)
+        # Not by SIGINT, which what runs in the background may have been told to ignore.
+        process.terminate()
         process.wait(timeout=SECONDS)
     finally:
         if process.poll() is None:
