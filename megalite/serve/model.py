@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megalite.core.errors import UserError
+from megalite.core.errors import RunError, UserError
 from megalite.core.precision import dtype_of
 from megalite.data.tokenizer import Tokenizer
 from megalite.generate.engine import Generation, Request
@@ -22,7 +22,7 @@ from megalite.generate.remote import FOR_EVER, Remote, Serving
 from megalite.generate.sample import Sampling
 from megalite.generate.text import TextStream
 from megalite.serve.talk_args import Drawing, Placing
-from megalite.train.ranks import Ranks
+from megalite.train.ranks import Ranks, last_words
 
 GRACE = 1.0
 """Seconds that the ranks of a model outlive one that failed."""
@@ -104,7 +104,10 @@ def remote(saved: Saved, how: Serving) -> Iterator[Remote]:
     with Ranks(how.device) as ranks:
 
         def start(target: str, world: int, kwargs: dict[str, Any]) -> None:
-            ranks.run(target, world, kwargs=kwargs, timeout=FOR_EVER, grace=GRACE)
+            try:
+                ranks.run(target, world, kwargs=kwargs, timeout=FOR_EVER, grace=GRACE)
+            except RunError as error:
+                raise RunError(last_words(str(error))) from None
 
         made = Remote(saved.directory, saved.model, how, start)
         try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import subprocess
 import sys
@@ -118,3 +119,11 @@ class Ranks:
             process.kill()
             process.wait()
         process.stdout.close()
+
+
+def last_words(text: str) -> str:
+    """Of the ranks' tracebacks the first one's last line, with its rank."""
+    said = re.search(
+        r"^(rank \d+) raised\nTraceback.*?^([A-Za-z_][\w.]*(?::.*)?)$", text, re.S | re.M
+    )
+    return f"{said[1]}: {said[2]}" if said else "; ".join(text.splitlines()[:2])

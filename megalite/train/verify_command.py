@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import re
 import tempfile
 import time
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from megalite.train.as_ranks import rounding_of
 from megalite.train.build import pick_device
 from megalite.train.covering import Coverage, Drawn, Space, draw_rows, name_of, small_ramp
 from megalite.train.own_files import check_own_code
-from megalite.train.ranks import Ranks
+from megalite.train.ranks import Ranks, last_words
 from megalite.train.verify import (
     CLOSE,
     CLOSE_LATER,
@@ -264,7 +263,7 @@ def compare_row(row: Row, ranks: Ranks, folder: Path, numbers: Numbers, steps: i
         found = run(row.config, row.world, later=later)
     except RunError as error:
         spent = time.monotonic() - start
-        return Result(row, numbers, spent, trouble=_last_words(str(error)))
+        return Result(row, numbers, spent, trouble=last_words(str(error)))
     return result_of(row, found, time.monotonic() - start, numbers)
 
 
@@ -307,7 +306,7 @@ def reference_of(
         try:
             ranks.run(job, 1, kwargs={**asked, "out": str(path)}, timeout=ROW_SECONDS)
         except RunError as error:
-            raise RunError(f"verify: one process cannot run: {_last_words(str(error))}") from None
+            raise RunError(f"verify: one process cannot run: {last_words(str(error))}") from None
     return path
 
 
@@ -315,11 +314,3 @@ def _one_process(config: Config) -> Config:
     """One sample at a time: a layout's micro-batch size is one more thing that changes nothing."""
     train = replace(config.train, micro_batch_size=1)
     return replace(config, layout=LayoutConfig(zero=0), train=train)
-
-
-def _last_words(text: str) -> str:
-    """Of the ranks' tracebacks the first one's last line, with its rank."""
-    said = re.search(
-        r"^(rank \d+) raised\nTraceback.*?^([A-Za-z_][\w.]*(?::.*)?)$", text, re.S | re.M
-    )
-    return f"{said[1]}: {said[2]}" if said else "; ".join(text.splitlines()[:2])
