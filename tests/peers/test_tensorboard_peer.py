@@ -61,8 +61,10 @@ def test_reader_finds_every_number_of_metrics_jsonl(run, reader):
             checked.add(tag)
     assert 0 <= points(accumulator, "perf/bubble")[0] < 1
     assert checked | {"perf/bubble"} == set(accumulator.Tags()["scalars"])
-    # Without a GPU there is no MFU to speak of; only fp16 has a loss scale, and sft an exact match.
-    absent = {"perf/mfu", "perf/mfu_full", "perf/bubble", "train/loss_scale", "val/exact_match"}
+    # Without a GPU there is no MFU to speak of; only fp16 has a loss scale, sft an exact match, and
+    # dpo preferences.
+    absent = {"perf/mfu", "perf/mfu_full", "perf/bubble", "train/loss_scale"}
+    absent |= {"val/exact_match", "val/preferred", "val/margin"}
     assert set(TAGS.values()) - checked == absent
     assert set(points(accumulator, "train/loss")) == set(range(1, STEPS + 1))
     assert set(points(accumulator, "val/bpb")) == {2, STEPS}
