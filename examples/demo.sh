@@ -44,6 +44,7 @@ if [ -n "${SMOKE:-}" ]; then
     ranks=1
     text=(--stdlib "$("$python" -c 'import email; print(email.__path__[0])')")
     tuning=(--train-steps 2 --dp 1 --warmup-steps 0 --device cpu)
+    tuning+=(--micro-batch-size 1 --global-batch-size 2)
     layout=(--tp 1 --pp 1 "${tuning[@]}")
 fi
 
@@ -67,8 +68,10 @@ train() {
 
 # bash 3.2 (macOS) takes an empty array for an unset one, hence the odd expansion.
 train $demo $ranks pretrain --recipe demo ${layout[@]+"${layout[@]}"} ${1+"$@"}
-echo "+ $python tools/sample_report.py $demo"
-"$python" tools/sample_report.py $demo
+report=(tools/sample_report.py $demo)
+if [ -n "${SMOKE:-}" ]; then report+=(--samples 1 --tokens 4); fi
+echo "+ $python ${report[*]}"
+"$python" "${report[@]}"
 
 step $demo/conversations/conversations.json "" conversations \
     --out $demo/conversations --functions 200 ${text[@]+"${text[@]}"}

@@ -8,6 +8,7 @@ import signal
 from html.parser import HTMLParser
 
 import pytest
+import torch
 
 from megalite import __main__ as front
 from tools import build_docs, run_guide
@@ -35,11 +36,14 @@ def read(tmp_path_factory):
                 patch.delenv(name, raising=False)
             return front.main(argv)
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the ranks of SMALL_PROCESS
     for command in run_guide.every_command():
         commands.run(command, smoke=True, here=here, verb=verb)
         ran.append(command.text)
         for number, handler in handlers.items():
             signal.signal(number, handler)
+    torch.set_num_threads(threads)
     return here, ran
 
 

@@ -6,26 +6,37 @@ that has none runs as it is written, so that nothing can be left out.
 
 from __future__ import annotations
 
+import email
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tools.guide.chapters import ROOT, Command
 
-TRAINING = {"--train-steps": "2", "--eval-interval": "0", "--device": "cpu"}
+TRAINING = {
+    "--train-steps": "2",
+    "--micro-batch-size": "1",
+    "--global-batch-size": "2",
+    "--eval-interval": "0",
+    "--device": "cpu",
+}
 SMALL: dict[str, dict[str, str]] = {
     "pretrain": TRAINING,
     "sft": TRAINING,
     "dpo": {**TRAINING, "--data": "runs/guide/conversations/valid-pairs.jsonl"},
+    "conversations": {"--functions": "3", "--stdlib": str(Path(email.__file__).parent)},
     "generate": {"--max-tokens": "3", "--device": "cpu"},
     "chat": {"--max-tokens": "3", "--device": "cpu"},
     "serve": {"--port": "0", "--device": "cpu"},
 }
 """Flags of the small form, by verb."""
+# Threads that wait for each other between such small products take longer than one.
+SMALL_PROCESS = {"SMOKE": "1", "OMP_NUM_THREADS": "1"}
+"""What a process finds in its environment then."""
 UNTRIMMED = ("--dry-run",)
 """Flags with which a verb is small as it is."""
 SAID = "Hello.\n/reset\n"
@@ -50,7 +61,7 @@ def run(command: Command, *, smoke: bool, here: Path, verb: Verb | None = None) 
     """
     words = small(command.words) if smoke else command.words
     if words[0] == "megalite" and words[1] == "serve":
-        return _serve(words, command, here)
+        return _serve(words, command, here, smoke=smoke)
     if words[0] == "megalite" and words[1] != "chat" and verb is not None:
         if code := verb(words[1:]):
             raise CommandError(f"{command.where}: {command.text}: exit code {code}")
@@ -72,7 +83,7 @@ def small(words: Sequence[str]) -> list[str]:
     return found
 
 
-def _start(words: Sequence[str], here: Path, **how: object) -> subprocess.Popen[str]:
+def _start(words: Sequence[str], here: Path, more: Mapping[str, str]) -> subprocess.Popen[str]:
     megalite = [sys.executable, "-m", "megalite"]
     programs = {"megalite": megalite, "python": [sys.executable], "make": ["bash"]}
     line = [*programs.get(words[0], [words[0]]), *words[1:]]
@@ -82,7 +93,7 @@ def _start(words: Sequence[str], here: Path, **how: object) -> subprocess.Popen[
     return subprocess.Popen(
         line,
         cwd=here,
-        env={**os.environ, "PYTHONPATH": path, "PYTHON": sys.executable, **how},  # type: ignore[dict-item]
+        env={**os.environ, "PYTHONPATH": path, "PYTHON": sys.executable, **more},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -92,7 +103,7 @@ def _start(words: Sequence[str], here: Path, **how: object) -> subprocess.Popen[
 
 
 def _process(words: Sequence[str], command: Command, here: Path, *, smoke: bool) -> None:
-    process = _start(words, here, **({"SMOKE": "1"} if smoke else {}))
+    process = _start(words, here, SMALL_PROCESS if smoke else {})
     try:
         said, _ = process.communicate(SAID, timeout=SECONDS if smoke else None)
     except subprocess.TimeoutExpired:
@@ -103,9 +114,9 @@ def _process(words: Sequence[str], command: Command, here: Path, *, smoke: bool)
         raise CommandError(f"{command.where}: {command.text}: {process.returncode}\n{tail}")
 
 
-def _serve(words: Sequence[str], command: Command, here: Path) -> None:
+def _serve(words: Sequence[str], command: Command, here: Path, *, smoke: bool) -> None:
     """Start a server, wait until it says that it serves, and end it."""
-    process = _start(words, here)
+    process = _start(words, here, SMALL_PROCESS if smoke else {})
     said: list[str] = []
     assert process.stdout is not None
     end = time.monotonic() + SECONDS
