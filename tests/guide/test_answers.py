@@ -8,21 +8,27 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megalite.core import rng
 from megalite.core.call import make_call
 from megalite.core.config import ModelConfig
-from megalite.core.mesh import Mesh
+from megalite.core.mesh import Axis, Mesh
 from megalite.core.params import initialize
 from megalite.data import bpe
 from megalite.data.chat import Rendered
-from megalite.data.corpus import choose_held_out
+from megalite.data.corpus import choose_held_out, split_document
+from megalite.data.loader import permuted
 from megalite.data.packing import Conversations
 from megalite.generate.cache import Texts
 from megalite.generate.engine import Request, complete
 from megalite.generate.load import Place, untrained_share
-from megalite.generate.sample import Sampling, probabilities
+from megalite.generate.sample import Draw, Sampling, pick, probabilities
 from megalite.layers.attention import Attention
+from megalite.layers.context import merged
+from megalite.layers.core_attention import CoreAttention
+from megalite.layers.embedding import _local_rows
 from megalite.models.build import build_stages
 from megalite.models.presets import PRESETS
+from megalite.ops.norm import rms_norm
 from megalite.ops.rope import rope, rope_angles
 from megalite.schedule.generators import one_f_one_b
 from megalite.schedule.simulate import bubble, simulate
@@ -64,12 +70,29 @@ def test_a_new_document_moves_no_other():
     assert after - {"a_new_one"} == before
 
 
+def test_pieces_are_the_document():
+    lines = [i % 7 * "word " + "\n" for i in range(200)] + ["x" * 150 + "\n", "the end"]
+    text = "".join(lines)
+    pieces = list(split_document(text, limit=100))
+    assert "".join(pieces) == text
+    too_long = [piece for piece in pieces if len(piece.encode()) > 100]
+    assert too_long == ["x" * 150 + "\n"]
+
+
 def test_the_merges_of_banana():
     """`an` and `na` occur twice. Once `an` is one token, no pair occurs twice in `b an an a`."""
     tokens = [bytes([i]) for i in range(256)]
     learner = bpe._Learner(Counter({b"banana": 1}), tokens)
     learner.learn(9)
     assert tokens[256:] == [b"an"] and learner.words == [[ord("b"), 256, 256, ord("a")]]
+
+
+def test_any_bytes_come_back():
+    tokenizer = bpe.train(["to be or not to be, that is the question"] * 3, 270)
+    for data in (bytes(range(256)), b"\xff\xfe<|im_end|>", "\u00e9\u4e16\U0001f30d".encode()):
+        ids = tokenizer.encode(data)
+        assert tokenizer.decode_bytes(ids) == data
+        assert not set(ids) & set(tokenizer.special.values())
 
 
 def test_rotary_products_depend_on_distance_alone():
@@ -85,6 +108,15 @@ def test_rotary_products_depend_on_distance_alone():
     assert not torch.isclose(product(5, 2), product(5, 3))
 
 
+def test_a_cut_table_gives_the_same_rows():
+    table, ids, ranks = torch.randn(16, 5), torch.randint(16, (7, 2)), 4
+    whole = torch.zeros(7, 2, 5)
+    for idx, part in enumerate(table.chunk(ranks)):
+        local, elsewhere = _local_rows(ids, part, Axis("tp", size=ranks, idx=idx))
+        whole += part[local].masked_fill(elsewhere.unsqueeze(-1), 0.0)
+    assert torch.equal(whole, table[ids])
+
+
 def test_attention_never_looks_ahead():
     attention = Attention(SMALL, Mesh({}), layer=0, seed=1, row_sum=())
     initialize(attention, 1)
@@ -95,6 +127,19 @@ def test_attention_never_looks_ahead():
     with torch.no_grad():
         before, after = attention(x, call), attention(changed, call)
     assert torch.equal(before[:-1], after[:-1]) and not torch.equal(before[-1], after[-1])
+
+
+@pytest.mark.parametrize("position", ["learned", "rope"])
+def test_attention_without_positions_knows_no_order(position):
+    model = replace(SMALL, position=position)  # learned ones are added before the first layer
+    attention = Attention(model, Mesh({}), layer=0, seed=1, row_sum=())
+    initialize(attention, 1)
+    x = torch.randn(9, 1, SMALL.hidden_size)
+    swapped = x[[0, 1, 5, 3, 4, 2, 6, 7, 8]]
+    call = call_of(torch.zeros(9, 1, dtype=torch.int64))
+    with torch.no_grad():
+        before, after = attention(x, call)[-1], attention(swapped, call)[-1]
+    assert torch.allclose(before, after, rtol=1e-12) == (position == "learned")
 
 
 def test_gpt2_has_as_many_parameters_as_it_says():
@@ -114,6 +159,13 @@ def test_gpt2_has_as_many_parameters_as_it_says():
     assert counted == by_hand and round(counted / 1e6) == 124
 
 
+def test_a_norm_forgets_length():
+    x, weight = torch.randn(4, 32), torch.randn(32)
+    assert torch.allclose(rms_norm(10 * x, weight, 0.0), rms_norm(x, weight, 0.0), rtol=1e-12)
+    lengths = rms_norm(x, torch.ones(32), 0.0).norm(dim=-1)
+    assert torch.allclose(lengths, torch.full((4,), 32.0).sqrt(), rtol=1e-12)
+
+
 def test_a_lower_temperature_keeps_no_more_tokens():
     for _ in range(50):
         logits = 3 * torch.randn(40)
@@ -122,6 +174,15 @@ def test_a_lower_temperature_keeps_no_more_tokens():
             for t in (0.3, 0.7, 1.0)
         ]
         assert kept == sorted(kept)
+
+
+def test_draws_follow_the_probabilities():
+    logits, how, draws = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0]), Sampling(temperature=1.0), 4000
+    expected = probabilities(logits, how)
+    drawn = Counter(pick(logits, Draw(how, [3, 1], number)) for number in range(draws))
+    for token, p in enumerate(expected.tolist()):
+        spread = (p * (1 - p) / draws) ** 0.5
+        assert abs(drawn[token] / draws - p) < 4 * spread
 
 
 def test_loss_does_not_depend_on_microbatches():
@@ -138,6 +199,15 @@ def test_loss_does_not_depend_on_microbatches():
     means = [part / (y >= 0).sum() for part, (_, y) in zip(parts, cut, strict=True)]
     mean_of_means = torch.stack(means).mean()
     assert not torch.isclose(mean_of_means, whole / count, rtol=1e-3)
+
+
+def test_an_epoch_takes_every_window_once():
+    n = 1000
+    epochs = [[permuted(i, n, rng.key(7, "epoch", epoch)) for i in range(n)] for epoch in (0, 1)]
+    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != list(range(n))
+    # Sample 600 is found without the 600 before it.
+    assert permuted(600, n, rng.key(7, "epoch", 0)) == epochs[0][600]
 
 
 def test_columns_then_rows_need_one_sum():
@@ -157,6 +227,20 @@ def test_the_bubble_of_1f1b(ranks, microbatches):
     assert bubble(timeline) == pytest.approx((ranks - 1) / (microbatches + ranks - 1))
 
 
+def test_two_halves_of_the_keys_are_the_whole():
+    core = CoreAttention(
+        window=None, soft_cap=None, scale=0.5, p=0.0, key=0, samples=torch.zeros(1), first_head=0,
+        layer=0,
+    )  # fmt: skip
+    q, k, v = (torch.randn(1, 2, 8, 4) for _ in range(3))
+    at = torch.arange(8)
+    first, second = (
+        core.partial(q, k[:, :, half], v[:, :, half], at, at[half])
+        for half in (slice(0, 4), slice(4, 8))
+    )
+    assert torch.allclose(merged(*first, *second)[0], core.attend(q, k, v, at, at), rtol=1e-10)
+
+
 def test_packed_conversations_do_not_see_each_other():
     said = [Rendered([7, 8, 9, 10, 11], [False, False, True, True, True])]
     said.append(Rendered([20, 21, 22, 23], [False, True, True, True]))
@@ -174,9 +258,28 @@ def test_packed_conversations_do_not_see_each_other():
     assert torch.isclose(together, loss(said[:1]) + loss(said[1:]), rtol=1e-12)
 
 
+def test_new_adapters_change_nothing():
+    plain, adapted = small_model(), small_model(lora_rank=2)
+    assert any("lora" in name for name, _ in adapted.named_parameters())
+    call = call_of(torch.randint(61, (10, 2)))
+    with torch.no_grad():
+        assert torch.equal(plain(None, call), adapted(None, call))
+
+
 def test_a_cache_changes_nothing():
     place = Place(slots=1, dtype=torch.float64, device=torch.device("cpu"))
     cached = untrained_share(SMALL, place, seed=1)
     anew = replace(cached, memory=Texts(slots=1, seq_len=SMALL.seq_len, device=torch.device("cpu")))
     asked = [Request(tokens=[3, 1, 4], how=Sampling(temperature=1.0), max_tokens=15)]
     assert complete(cached, asked) == complete(anew, asked)
+
+
+def test_a_request_does_not_see_its_batch():
+    place = Place(slots=4, dtype=torch.float64, device=torch.device("cpu"))
+    share = untrained_share(SMALL, place, seed=1)
+    prompts = ([3], [5, 1, 4, 4, 2, 9], [7, 7], [60, 2, 8])
+    asked = [
+        Request(tokens=prompt, how=Sampling(temperature=1.0), max_tokens=9 + i)
+        for i, prompt in enumerate(prompts)
+    ]
+    assert complete(share, asked) == [complete(share, [one])[0] for one in asked]

@@ -8,13 +8,12 @@ memory by the planner.
 from __future__ import annotations
 
 import json
-import math
 import shutil
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib
 
@@ -24,73 +23,30 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from torch import Tensor
 
 from megalite.core.config import LayoutConfig
 from megalite.data.chat import Message, Template, read_conversations
 from megalite.data.tokenizer import Tokenizer
+from megalite.data.vocabulary import Vocabulary
 from megalite.generate.cache import Part, Step
 from megalite.generate.engine import Request, complete
-from megalite.generate.load import Place, Saved, load_share, open_checkpoint
 from megalite.generate.sample import Sampling, probabilities
-from megalite.generate.share import Share
 from megalite.plan.memory import stage_memory
 from megalite.train.metrics import read_metrics
+from tools.guide import diagrams
+from tools.guide.boxes import DEEP, GREY, PALE, PLAIN, TINTS, WARM, Box, boxes
+from tools.guide.reader import SIGNS, Reader
 
-PLAIN, DEEP, WARM = "#5b8db8", "#1f4e79", "#d9822b"
-TINTS = ("#dce9f5", "#f7e3cf")
 LINE = "for name in sorted(names):\n    print(name, len(name))"
 PROMPT = "def read_file(path):\n    with open(path"
 QUESTION = "What is the capital of France?"
-WIDTH = 6.0
-"""Inches."""
-SIGNS = {" ": "\u2423", "\n": "\u23ce", "\t": "\u21e5"}
-"""How white space is shown."""
+QUESTIONS = (QUESTION, "Please spell queen.", "What does len do?", "Who are you?")
+LONGEST = 66
+"""Characters of an answer that are shown."""
+HELD_OUT_LETTERS = 40_000
+"""Of the text on which vocabularies are compared."""
 RANKS = 8
 """Data ranks of the picture of memory."""
-
-
-class Reader:
-    """The two runs of `make demo`, opened as they are needed."""
-
-    def __init__(self, run: Path, chat: Path):
-        self.run, self.chat = run, chat
-
-    @cached_property
-    def saved(self) -> Saved:
-        return open_checkpoint(self.run)
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        return self.saved.tokenizer()
-
-    @cached_property
-    def share(self) -> Share:
-        return share_of(self.saved)
-
-    @cached_property
-    def chat_share(self) -> Share:
-        return share_of(open_checkpoint(self.chat))
-
-    @property
-    def layers(self) -> list[Any]:
-        return list(self.share.pipeline.stages[0].layers.values())  # type: ignore[attr-defined]
-
-    def piece(self, token: int) -> str:
-        """A token as it is shown: spaces and line ends have signs."""
-        text = self.tokenizer.decode([token])
-        return "".join(SIGNS.get(c, c if c.isprintable() else f"x{ord(c):02x}") for c in text)
-
-    def run_text(self, ids: list[int], share: Share | None = None) -> Tensor:
-        """Logits [s, v] after each token of a text."""
-        step = Step((Part(0, 0, tuple(ids), len(ids)),))
-        return (share or self.share).run(step)
-
-
-def share_of(saved: Saved) -> Share:
-    place = Place(slots=1, dtype=torch.float32, device=torch.device("cpu"))
-    return load_share(saved, place)
 
 
 def draw_all(reader: Reader, names: Iterable[str], out: Path) -> None:
@@ -138,6 +94,28 @@ def tokens(reader: Reader) -> Figure:
         if "\n" in reader.tokenizer.decode([token]):
             rows.append([])
     return boxes(rows)
+
+
+def vocabulary(reader: Reader) -> Figure:
+    """How many bytes a token has, by how many of the tokenizer's merges are used."""
+    with (reader.run / "corpus" / "valid.jsonl").open(encoding="utf-8") as lines:
+        text = "".join(json.loads(line)["text"] for line in lines)[:HELD_OUT_LETTERS]
+    most = len(reader.tokenizer.vocabulary.merges)
+    counts = [0, *(most * 2**k // 64 for k in range(7))]
+    found = [len(text.encode()) / len(cut_down(reader, n).encode(text)) for n in counts]
+    figure, axes = plt.subplots(figsize=(6, 2.2))
+    axes.plot([256 + n for n in counts], found, "o-", color=PLAIN)
+    axes.set(xlabel="tokens in the vocabulary", ylabel="bytes a token", ylim=(0, None))
+    return figure
+
+
+def cut_down(reader: Reader, merges: int) -> Tokenizer:
+    """The run's tokenizer with its first merges alone."""
+    whole = reader.tokenizer.vocabulary
+    tokens = whole.tokens[: 256 + merges]
+    special = {text: len(tokens) + k for k, text in enumerate(whole.special)}
+    tokens = [*tokens, *(text.encode() for text in special)]
+    return Tokenizer(Vocabulary(whole.pattern, tokens, whole.merges[:merges], special))
 
 
 def neighbours(reader: Reader) -> Figure:
@@ -304,7 +282,7 @@ def zero(reader: Reader) -> Figure:
     train = replace(config.train, micro_batch_size=1, global_batch_size=RANKS)
     config = replace(config, train=train)
     parts = ("weights", "grads", "optimizer", "activations", "working")
-    colours = (DEEP, PLAIN, WARM, "#b9c2cb", "#dfe4e8")
+    colours = (DEEP, PLAIN, WARM, GREY, PALE)
     bars: dict[str, list[float]] = {part: [] for part in parts}
     for stage in range(4):
         # Buckets that are small beside the model, as they are on a cluster.
@@ -359,48 +337,51 @@ def answer(reader: Reader) -> Figure:
     return boxes([row], title=QUESTION)
 
 
-# -- boxes of text -----------------------------------------------------------------------------
+def before_after(reader: Reader) -> Figure:
+    """What the same questions are answered before and after fine-tuning."""
+    template = Template(reader.tokenizer)
+    prompts = [template.prompt([Message("user", text)]) for text in QUESTIONS]
+    rows: list[list[Box]] = []
+    for prompt, question in zip(prompts, QUESTIONS, strict=True):
+        rows.append([Box(question, "white")])
+        for share, name, tint in (
+            (reader.share, "before", TINTS[0]),
+            (reader.chat_share, "after", TINTS[1]),
+        ):
+            how, stop = Sampling(temperature=0), frozenset([template.end])
+            asked = Request(tokens=prompt, how=how, max_tokens=24, stop=stop)
+            (said,) = complete(share, [asked])
+            text = "".join(reader.piece(token) for token in said)
+            text = text.replace(SIGNS[" "], " ") or "(nothing)"
+            rows.append([Box(f"{name:>8}", "white"), Box(text[:LONGEST], tint)])
+    return boxes(rows)
 
 
-class Box(NamedTuple):
-    """A piece of text on a ground, with a small one below it."""
-
-    text: str
-    colour: Any
-    below: str = ""
-
-    @property
-    def width(self) -> float:
-        """In inches, at the sizes of `boxes`."""
-        return max(0.069 * len(self.text), 0.05 * len(self.below)) + 0.09
-
-
-def boxes(rows: list[list[Box]], title: str = "") -> Figure:
-    """Rows of boxes, one beside the other; a row that is too long goes on in the next line."""
-    lines: list[list[tuple[float, Box]]] = []
-    for row in rows:
-        at = math.inf
-        for box in row:
-            if at + box.width > WIDTH:
-                lines.append([])
-                at = 0.0
-            lines[-1].append((at, box))
-            at += box.width + 0.035
-    step = 0.42 if any(box.below for row in rows for box in row) else 0.3
-    height = step * len(lines) + (0.35 if title else 0.05)
-    figure = plt.figure(figsize=(WIDTH, height), layout="none")
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set_axis_off()
-    axes.set(xlim=(0, WIDTH), ylim=(0, height))
-    axes.text(0, height - 0.16, title, va="center", style="italic")
-    for number, line in enumerate(lines, start=1):
-        low = step * (len(lines) - number) + (step - 0.27)
-        for at, box in line:
-            axes.add_patch(Rectangle((at, low), box.width, 0.24, color=box.colour, lw=0))
-            middle = {"x": at + box.width / 2, "ha": "center", "va": "center"}
-            axes.text(y=low + 0.115, s=box.text, family="monospace", fontsize=8, **middle)
-            axes.text(y=low - 0.07, s=box.below, fontsize=6, color="#68717a", **middle)
+def cached(reader: Reader) -> Figure:
+    """Milliseconds of the next token on this machine, with keys kept and without."""
+    model = reader.saved.model
+    text = reader.tokenizer.encode(LINE)
+    ids = (text * (model.seq_len // len(text) + 1))[: model.seq_len]
+    lengths = list(range(16, model.seq_len + 1, 40))
+    reader.run_text(ids)  # all keys are there now
+    kept = [milliseconds(reader, Part(0, n - 1, (ids[n - 1],), 1)) for n in lengths]
+    anew = [milliseconds(reader, Part(0, 0, tuple(ids[:n]), 1)) for n in lengths]
+    figure, axes = plt.subplots(figsize=(6, 2.2))
+    axes.plot(lengths, anew, "o-", color=WARM, label="everything again")
+    axes.plot(lengths, kept, "o-", color=DEEP, label="keys and values kept")
+    axes.set(xlabel="tokens so far", ylabel="ms for the next", ylim=(0, None))
+    axes.legend(frameon=False)
     return figure
+
+
+def milliseconds(reader: Reader, part: Part) -> float:
+    """The shortest of a few runs."""
+    found = []
+    for _ in range(5):
+        began = time.perf_counter()
+        reader.share.run(Step((part,)))
+        found.append(time.perf_counter() - began)
+    return 1000 * min(found)
 
 
 FIGURES: dict[str, Callable[[Reader], Figure | Path]] = {
@@ -408,14 +389,24 @@ FIGURES: dict[str, Callable[[Reader], Figure | Path]] = {
     for made in (
         documents,
         tokens,
+        vocabulary,
         neighbours,
+        diagrams.turns,
         attention,
         residual,
+        diagrams.parameters,
         logits,
         loss,
+        diagrams.rates,
+        diagrams.matrices,
+        diagrams.ring,
+        diagrams.orders,
         schedule,
         zero,
         learned,
+        diagrams.packing,
+        before_after,
+        cached,
         answer,
     )
 }
