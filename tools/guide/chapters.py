@@ -69,10 +69,14 @@ class Chapter:
 
     @property
     def title(self) -> str:
-        """Of its first heading. Raises GuideError if it does not begin with one."""
+        """Its first heading, with its number, which is that of its file.
+
+        Raises GuideError if it does not begin with one.
+        """
         if not self.lines or not self.lines[0].startswith("# "):
             raise GuideError(f"{self._where(1)}: a chapter begins with a title (# ...)")
-        return self.lines[0][2:]
+        number = self.name.partition("-")[0]
+        return f"{int(number)}. {self.lines[0][2:]}" if number.isdigit() else self.lines[0][2:]
 
     def directives(self) -> Iterator[Directive]:
         """All of its directives, in order."""
@@ -98,8 +102,8 @@ class Chapter:
     @property
     def markdown(self) -> str:
         """With every directive filled in. Raises GuideError for one that cannot be."""
-        made = []
-        for number, line in enumerate(self.lines, start=1):
+        made = [f"# {self.title}"]
+        for number, line in enumerate(self.lines[1:], start=2):
             made.append(filled_in(self._directive(number, line)) if line.startswith("{{") else line)
         return "\n".join(made) + "\n"
 

@@ -26,8 +26,9 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--ground); color: var(--text);
        font: 17px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main, nav, footer { max-width: 46rem; margin: 0 auto; padding: 0 1.1rem; }
-nav { display: flex; justify-content: space-between; gap: 1rem; padding-top: 1rem;
+main, nav, footer { max-width: 52rem; margin: 0 auto; padding: 0 1.1rem; }
+main > p, main > ul, main > ol { max-width: 44rem; }
+nav { display: flex; flex-wrap: wrap; align-items: baseline; gap: .3rem 1.2rem; padding-top: 1rem;
       font-size: .9rem; color: var(--faint); }
 footer { padding: 1.5rem 1.1rem 3rem; }
 footer div { display: flex; justify-content: space-between; gap: 1rem;
@@ -39,16 +40,20 @@ code { font: .88em ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 p code, li code, td code { background: var(--card); border-radius: .25em; padding: .08em .3em; }
 pre { background: var(--card); border-radius: .5rem; padding: .8rem 1rem; overflow-x: auto;
       line-height: 1.45; margin: .6rem 0; }
-pre code { font-size: .83rem; }
+pre code { font-size: .79rem; }
 figure { margin: 1.4rem 0; }
 figure img { width: 100%; height: auto; background: #fff; border: 1px solid var(--line);
              border-radius: .5rem; padding: .5rem; }
 figcaption, .from { color: var(--faint); font-size: .88rem; }
 .from { margin: 1.2rem 0 -.2rem; }
+td code { white-space: nowrap; }
 table { border-collapse: collapse; display: block; overflow-x: auto; font-size: .94rem; }
 td, th { border-bottom: 1px solid var(--line); padding: .35rem .8rem .35rem 0; text-align: left;
          vertical-align: top; }
 details { border: 1px solid var(--line); border-radius: .5rem; padding: .5rem 1rem; }
+nav details { border: 0; padding: 0; }
+nav details[open] { width: 100%; }
+ul.chapters { list-style: none; padding: 0; line-height: 1.9; }
 summary { cursor: pointer; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 """
@@ -59,14 +64,13 @@ def page(chapter: Chapter, chapters: Sequence[Chapter]) -> str:
     place = [one.name for one in chapters].index(chapter.name)
     before = chapters[place - 1] if place else None
     after = chapters[place + 1] if place + 1 < len(chapters) else None
-    ways = "".join(
-        f"<span>{_link(one, f'{sign} {one.title}') if one else ''}</span>"
-        for one, sign in ((before, "\u2190"), (after, "\u2192"))
-    )
+    back = _link(before, f"\u2190 {before.title}") if before else ""
+    on = _link(after, f"{after.title} \u2192") if after else ""
+    rows = "".join(f"<li>{_link(one, one.title)}</li>" for one in chapters[1:])
+    contents = f'<ul class="chapters">{rows}</ul>'
     body = _markdown().render(chapter.markdown)
     if chapter.name == "index":
-        rows = "".join(f"<li>{_link(one, one.title)}</li>" for one in chapters[1:])
-        body += f"<h2>Chapters</h2><ol>{rows}</ol>"
+        body += f"<h2>Chapters</h2>{contents}"
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -76,10 +80,11 @@ def page(chapter: Chapter, chapters: Sequence[Chapter]) -> str:
 <link rel="stylesheet" href="style.css">
 </head>
 <body>
-<nav aria-label="Guide"><a href="index.html">The megalite guide</a></nav>
+<nav aria-label="Guide"><a href="index.html">The megalite guide</a>
+<details><summary>Chapters</summary>{contents}</details></nav>
 <main>
 {body}</main>
-<footer><div>{ways}</div></footer>
+<footer><div><span>{back}</span><span>{on}</span></div></footer>
 </body>
 </html>
 """

@@ -9,16 +9,20 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 from markdown_it.tree import SyntaxTreeNode
 
-from tools.guide.chapters import Chapter
+from tools.guide.chapters import Chapter, source_of
 
+UNCUT = 30
+"""Lines of code that stay on one page."""
 HEAD = """
 #set document(title: "The megalite guide")
 #set page(paper: "a4", margin: (x: 2.6cm, y: 2.6cm), numbering: "1", number-align: center)
 #set text(font: "Libertinus Serif", size: 10.5pt, lang: "en")
 #set par(justify: true, leading: 0.62em)
 #show raw: set text(font: "DejaVu Sans Mono", size: 0.82em)
-#show raw.where(block: true): it => block(
-  fill: luma(245), inset: 8pt, radius: 4pt, width: 100%, breakable: true, it)
+#let code(it, breakable: true) = block(
+  fill: luma(245), inset: 8pt, radius: 4pt, width: 100%, breakable: breakable, it)
+#let from(it) = block(above: 1.2em, below: 0.5em, sticky: true, text(fill: luma(90), it))
+#show table: set block(breakable: false)
 #show link: set text(fill: rgb("#0b5cad"))
 #show heading.where(level: 1): it => { pagebreak(weak: true); block(below: 1.2em, it) }
 #show heading.where(level: 2): it => block(above: 1.6em, below: 0.9em, it)
@@ -35,7 +39,7 @@ def write(chapters: Sequence[Chapter], figures: Path, path: Path) -> None:
     """Write `path`; `figures` has the pictures. Raises ImportError without the package `typst`."""
     import typst
 
-    text = HEAD + "".join(_chapter(chapter) for chapter in chapters)
+    text = HEAD + "".join(_chapter(chapter) for chapter in chapters) + _answers(chapters)
     source = figures.parent / "guide.typ"
     source.write_text(text, encoding="utf-8")
     typst.compile(str(source), output=str(path), root=str(figures.parent))
@@ -49,6 +53,19 @@ def _chapter(chapter: Chapter) -> str:
     return f"\n{parts[0].rstrip()} <{chapter.name}>\n\n" + "\n\n".join(parts[1:]) + "\n"
 
 
+def _answers(chapters: Sequence[Chapter]) -> str:
+    """The last chapter: the answers of all others, so that nobody reads one by accident."""
+    parts = []
+    for chapter in chapters:
+        for one in chapter.directives():
+            if one.kind == "answer":
+                file, name = one.words.split()
+                said = f"#from[#raw({_quoted(name)}) <{name}>, to #link(<{chapter.name}>)"
+                said += f"[#emph[{_text(chapter.title)}]]]"
+                parts.append(f"{said}\n\n{_block(source_of(file, name, one.where), 'python')}")
+    return "\n#heading(level: 1)[Answers]\n\n" + "\n\n".join(parts) + "\n"
+
+
 def _all(node: SyntaxTreeNode) -> str:
     return "".join(_node(child) for child in node.children)
 
@@ -56,7 +73,7 @@ def _all(node: SyntaxTreeNode) -> str:
 def _node(node: SyntaxTreeNode) -> str:
     kind = node.type
     if kind in ("text", "html_inline", "html_block"):
-        return f"#{_quoted(node.content)};"
+        return _text(node.content)
     if kind in ("softbreak", "hardbreak"):
         return " "
     if kind == "code_inline":
@@ -105,15 +122,22 @@ def _fence(node: SyntaxTreeNode) -> str:
         image = f'image("figures/{rest[0]}.svg", width: 100%)'
         return f"#figure({image}, caption: text({caption}), numbering: none)"
     if kind == "code":
-        return f"#raw({_quoted(rest[0])})\n\n{_block(node.content, 'python')}"
+        return f"#from[#raw({_quoted(rest[0])})]\n\n{_block(node.content, 'python')}"
     if kind == "answer":
-        said = f"#emph[The answer is a test:] #raw({_quoted(f'{rest[0]}::{rest[1]}')})"
-        return f"{said}\n\n{_block(node.content, 'python')}"
+        page = f"#context counter(page).at(<{rest[1]}>).first();"
+        return f"The answer is a test, on #link(<{rest[1]}>)[page {page}]."
     return _block(node.content, "bash" if kind == "sh" else kind)
 
 
 def _block(content: str, language: str) -> str:
-    return f'#raw({_quoted(content.rstrip())}, block: true, lang: "{language}")'
+    """A block of code; one that fits on half a page is not cut."""
+    breakable = "true" if content.count("\n") > UNCUT else "false"
+    raw = f'raw({_quoted(content.rstrip())}, block: true, lang: "{language}")'
+    return f"#code({raw}, breakable: {breakable})"
+
+
+def _text(text: str) -> str:
+    return f"#{_quoted(text)};"
 
 
 def _quoted(text: str) -> str:
