@@ -47,6 +47,29 @@ class Context:
         return torch.cat([x[span.start : span.stop] for span in self.spans(x.shape[0])])
 
 
+@dataclass(frozen=True)
+class Run:
+    """Requests of a call that follow each other in it, and so do their slots."""
+
+    first: int
+    """Place of the first of them in the call."""
+    slot: int
+    """Its slot."""
+    before: int
+    """Tokens that are there of each."""
+    count: int = 1
+
+    @property
+    def mine(self) -> slice:
+        """Where they are in the call."""
+        return slice(self.first, self.first + self.count)
+
+    @property
+    def slots(self) -> slice:
+        """Where their keys and values are."""
+        return slice(self.slot, self.slot + self.count)
+
+
 @dataclass(frozen=True, eq=False)
 class Cached:
     """What came before the tokens of a call, each request's in a slot of its own."""
@@ -61,11 +84,21 @@ class Cached:
     """[b]: how many of its s tokens in this call count; what follows is padding."""
 
     @cached_property
-    def next_places(self) -> tuple[Tensor, Tensor]:
-        """Slot and place of each request's next token, as indices: [b] and [b]."""
-        device = next(iter(self.layers.values()))[0].device
-        both = torch.tensor((self.slots, self.before), device=device)
-        return both[0], both[1]
+    def each(self) -> list[Run]:
+        """The requests one by one."""
+        return [Run(i, *at) for i, at in enumerate(zip(self.slots, self.before, strict=True))]
+
+    @cached_property
+    def alike(self) -> list[Run]:
+        """The same in the longest runs there are."""
+        found: list[Run] = []
+        for run in self.each:
+            last = found[-1] if found else None
+            if last and (run.slot, run.before) == (last.slots.stop, last.before):
+                found[-1] = replace(last, count=last.count + 1)
+            else:
+                found.append(run)
+        return found
 
 
 @dataclass(frozen=True, eq=False)

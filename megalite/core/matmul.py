@@ -20,6 +20,9 @@ ENOUGH = 1 << 21
 """Multiplications of a product from which oneDNN's kernels pay for their start."""
 PACKED_FOR = 16
 """Tokens that a packed weight is laid out for: those of a batch that decodes."""
+AT_LEAST = 5
+"""Rows that a packed weight is multiplied by: one row alone takes another kernel, whose sums are
+rounded otherwise, and fewer than these read the weight more slowly (docs/peers.md)."""
 ENOUGH_TERMS = 64
 """Of each sum, likewise: a weight gradient over fewer tokens is mostly copying."""
 
@@ -77,11 +80,12 @@ def pack(weight: Tensor, *, keep: bool) -> None:
 
 def _packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     t = x.shape[:-1].numel()
+    if t >= AT_LEAST:
+        return _onednn(x, packed, bias)
     if t == 0:
         return x.new_empty((*x.shape[:-1], packed.shape[0]))
-    # One row alone takes another kernel, whose sums are rounded otherwise.
-    y = _onednn(x.reshape(t, -1).expand(max(t, 2), -1), packed, bias)[:t]
-    return y.view(*x.shape[:-1], -1)
+    rows = F.pad(x.flatten(0, -2), (0, 0, 0, AT_LEAST - t))
+    return _onednn(rows, packed, bias)[:t].view(*x.shape[:-1], -1)
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from megalite.core.config import ModelConfig
@@ -175,7 +176,7 @@ class Generation:
         for text in ready:
             self._reading.remove(text)
             self._running.append(text)
-        return events + self._add(ready, last)
+        return events + (self._add(ready, torch.stack(last)) if ready else [])
 
     def _go_on(self) -> list[Event]:
         """One token more for all that run."""
@@ -184,21 +185,21 @@ class Generation:
         logits = self.share.run(Step(tuple(parts)))
         for text in texts:
             text.read += 1
-        return self._add(texts, list(logits))
+        return self._add(texts, logits)
 
-    def _add(self, texts: list[_Text], logits: list[Tensor]) -> list[Event]:
-        """Draw the next token of each text from its row of logits [v]."""
-        events = [self._next(text, row) for text, row in zip(texts, logits, strict=True)]
+    def _add(self, texts: list[_Text], logits: Tensor) -> list[Event]:
+        """Draw the next token of each text from its row of logits [b, v]."""
+        tokens = pick(logits, [Draw(t.request.how, t.tokens, t.request.number) for t in texts])
+        events = [self._next(*drawn) for drawn in zip(texts, logits, tokens, strict=True)]
         for text, event in zip(texts, events, strict=True):
             if event.ended:
                 self._leave(text, self._running)
         return events
 
-    def _next(self, text: _Text, logits: Tensor) -> Event:
+    def _next(self, text: _Text, logits: Tensor, token: int) -> Event:
         if self._is_full(text):  # from the start: a prompt of the context's length, or no new token
             return Event(text.id, ended=LENGTH)
         request = text.request
-        token = pick(logits, Draw(request.how, text.tokens, request.number))
         told: list[Likely] = []
         if request.rivals is not None:
             told = likelihood(logits[None], [token], request.rivals)

@@ -49,13 +49,19 @@ class Draw:
     """Which of the texts that are drawn with this seed it belongs to."""
 
 
-def pick(logits: Tensor, draw: Draw) -> int:
-    """The next token of a request, of its [v] logits: a function of these and its Draw alone.
+def pick(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
+    """The next token of each request: a function of its row of logits [b, v] and its Draw alone.
 
     So a request draws the same tokens whatever else is in its batch.
     """
-    if draw.how.temperature == 0 and draw.how.repetition_penalty == 1:
-        return int(logits.argmax())
+    plain = [d.how.temperature == 0 and d.how.repetition_penalty == 1 for d in draws]
+    likeliest = logits.argmax(-1).tolist() if any(plain) else []
+    rows = zip(logits, draws, plain, strict=True)
+    return [likeliest[i] if p else drawn(row, draw) for i, (row, draw, p) in enumerate(rows)]
+
+
+def drawn(logits: Tensor, draw: Draw) -> int:
+    """A token from the distribution of [v] logits, by the one random number that is `draw`'s."""
     total = probabilities(logits, draw.how, draw.text).cumsum(-1)
     key = rng.key(draw.how.seed, "sample")
     named = torch.tensor([draw.number, len(draw.text)], device=logits.device)

@@ -37,6 +37,7 @@ class Share:
     recorded: Recorded | None = None
     """What runs steps of one token a request, where a GPU can replay them."""
 
+    @torch.inference_mode()
     def run(self, step: Step) -> Tensor:
         """The wanted logits [w, v], the same on all ranks of the pipeline, who call it together."""
         if self.recorded is not None and step.longest == 1:

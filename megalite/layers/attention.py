@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from math import sqrt
 
+import torch
 from torch import Tensor, nn
 
 from megalite.core import rng
@@ -91,12 +92,18 @@ class Attention(nn.Module):
 
     def _core(self, call: Call, fused: Tensor) -> Tensor:
         n, m, d = self.num_heads, self.kv_heads, self.head_dim
-        q, k, v = fused.unflatten(-1, (n + 2 * m, d)).split((n, m, m), dim=2)
+        both, v = fused.unflatten(-1, (n + 2 * m, d)).split((n + m, m), dim=2)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = both.split((n, m), dim=2)
+            both = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
         if self.rope is not None:
-            q, k = self.rope(q, call), self.rope(k, call)
-        core = CoreAttention(
+            both = self.rope(both, call)
+        q, k = both.split((n, m), dim=2)
+        return attend(self.core(call), q, k, v, call).flatten(2)
+
+    def core(self, call: Call) -> CoreAttention:
+        """How the heads here turn the scores of a call into weights."""
+        return CoreAttention(
             window=self.window,
             soft_cap=self.soft_cap,
             scale=self.scale,
@@ -107,7 +114,6 @@ class Attention(nn.Module):
             layer=self.layer,
             starts=call.starts,
         )
-        return attend(core, q, k, v, call).flatten(2)
 
 
 ATTENTION: dict[str, Callable[..., nn.Module]] = {"softmax": Attention}

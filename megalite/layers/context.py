@@ -57,7 +57,7 @@ def _whole(
 def _cached(core: CoreAttention, q: Tensor, k: Tensor, v: Tensor, cache: Cached) -> Tensor:
     """Each request over its own earlier keys and these, which are added to them.
 
-    One by one, so that what a request computes depends on nothing else in the batch.
+    What a request computes depends on nothing else in the batch, to the bit.
     """
     each = _next_tokens if max(cache.rows) == 1 else _chunks
     return each(core, q, k, v, cache, *cache.layers[core.layer])
@@ -73,22 +73,27 @@ def _next_tokens(
     values: Tensor,
 ) -> Tensor:
     """One token of each request: [1, b, n, d]."""
-    slots, places = cache.next_places
-    keys[slots, :, places], values[slots, :, places] = k[0], v[0]  # [b, m, d]
-    made = [
-        _next_token(core, q[0, i], keys[slot], values[slot], before + 1)
-        for i, (slot, before) in enumerate(zip(cache.slots, cache.before, strict=True))
-    ]
-    return torch.cat(made).unsqueeze(0)
+    for run in cache.alike:
+        keys[run.slots, :, run.before] = k[0, run.mine]  # [b, m, d]
+        values[run.slots, :, run.before] = v[0, run.mine]
+    q = _by_kv_head(q[0], keys)
+    runs = cache.alike if core.can_batch(q) else cache.each
+    made = [_next_token(core, q[r.mine], keys[r.slots], values[r.slots], r.before) for r in runs]
+    return torch.cat(made).flatten(1, 2).unsqueeze(0)
 
 
-def _next_token(core: CoreAttention, q: Tensor, k: Tensor, v: Tensor, end: int) -> Tensor:
-    """The last of `end` tokens of one request: [n, d] over [m, length, d] gives [1, n, d]."""
-    first = 0 if core.window is None else max(0, end - core.window)
-    # As all keys are seen, the queries of one kv head can stand in the place of a sequence of them.
-    q = q.unflatten(0, (k.shape[0], -1)).unsqueeze(0)  # [1, m, n/m, d]
-    k, v = k[None, :, first:end], v[None, :, first:end]
-    return core.attend_all(q, k, v).flatten(1, 2)
+def _by_kv_head(q: Tensor, keys: Tensor) -> Tensor:
+    """Queries [b, n, d] of one token each as [b, m, n/m, d].
+
+    As all keys are seen, the queries of one kv head can stand in the place of a sequence of them.
+    """
+    return q.unflatten(1, (keys.shape[1], -1))
+
+
+def _next_token(core: CoreAttention, q: Tensor, k: Tensor, v: Tensor, before: int) -> Tensor:
+    """The token after `before` others: [b, m, n/m, d] over [b, m, length, d] gives as q."""
+    first = 0 if core.window is None else max(0, before + 1 - core.window)
+    return core.attend_all(q, k[:, :, first : before + 1], v[:, :, first : before + 1])
 
 
 def _every_slot(core: CoreAttention, q: Tensor, k: Tensor, v: Tensor, cache: EverySlot) -> Tensor:
@@ -98,9 +103,9 @@ def _every_slot(core: CoreAttention, q: Tensor, k: Tensor, v: Tensor, cache: Eve
     keys[slots, :, cache.places], values[slots, :, cache.places] = k[0], v[0]  # [slots, m, d]
     at, last = torch.arange(cache.span, device=q.device), cache.places[:, None]
     seen = at <= last if core.window is None else (at <= last) & (at > last - core.window)
-    q = q[0].unflatten(1, (keys.shape[1], -1))  # [slots, m, n/m, d], as in _next_token
     k, v = keys[:, :, : cache.span], values[:, :, : cache.span]
-    return core.attend_all(q, k, v, seen[:, None, None]).flatten(1, 2).unsqueeze(0)
+    y = core.attend_all(_by_kv_head(q[0], keys), k, v, seen[:, None, None])
+    return y.flatten(1, 2).unsqueeze(0)
 
 
 def _chunks(
@@ -115,18 +120,17 @@ def _chunks(
     """Up to s tokens of each request: [s, b, n, d], zeros where it has fewer."""
     q, k, v = map(heads_first, (q, k, v))
     y = torch.zeros_like(q)
-    for i, (slot, before, rows) in enumerate(
-        zip(cache.slots, cache.before, cache.rows, strict=True)
-    ):
-        end, mine = before + rows, slice(i, i + 1)
-        keys[slot, :, before:end], values[slot, :, before:end] = k[i, :, :rows], v[i, :, :rows]
+    for run, rows in zip(cache.each, cache.rows, strict=True):
+        mine, before, end = run.mine, run.before, run.before + rows
+        own_keys, own_values = keys[run.slots, :, :end], values[run.slots, :, :end]
+        own_keys[:, :, before:], own_values[:, :, before:] = k[mine, :, :rows], v[mine, :, :rows]
         if rows == 1:  # as it would be without a longer one beside it
-            y[mine, :, 0] = _next_token(core, q[i, :, 0], keys[slot], values[slot], end)
+            last = _by_kv_head(q[mine, :, 0], keys)
+            y[mine, :, 0] = _next_token(core, last, own_keys, own_values, before).flatten(1, 2)
             continue
         at = torch.arange(end, device=q.device)
-        seen = (slice(slot, slot + 1), slice(None), slice(end))
         q_at = at[before:] if before else at
-        y[mine, :, :rows] = core.attend(q[mine, :, :rows], keys[seen], values[seen], q_at, at)
+        y[mine, :, :rows] = core.attend(q[mine, :, :rows], own_keys, own_values, q_at, at)
     return seq_first(y)
 
 

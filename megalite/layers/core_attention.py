@@ -68,13 +68,24 @@ class CoreAttention:
         )
         return self._dropped(weights, q_at, k_at) @ v
 
+    def can_batch(self, q: Tensor) -> bool:
+        """Whether `attend_all` gives each of the queries the same bits whatever others are there.
+
+        On CPU it is then two products of matrices. SDPA's bits depend there on which thread has
+        which head, for each has a buffer of its own to multiply in; on a GPU, on how many blocks
+        share the keys of a head.
+        """
+        return q.device.type == "cpu" and q.dtype == acc_dtype(q.dtype)
+
     def attend_all(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
         """Queries [b, m, q, d] over all keys and values [b, m, k, d], or where `seen` [b, 1, 1, k]
         holds: as q. No dropout.
         """
-        if self.soft_cap is None:
+        if self.soft_cap is None and not self.can_batch(q):
             return F.scaled_dot_product_attention(q, k, v, seen, scale=self.scale)
-        return scaled_softmax(self._capped(q @ k.transpose(-1, -2) * self.scale), mask=seen) @ v
+        scores = self._capped(q @ k.transpose(-1, -2) * self.scale)
+        weights = scores.softmax(-1) if seen is None else scaled_softmax(scores, mask=seen)
+        return weights @ v
 
     def partial(
         self, q: Tensor, k: Tensor, v: Tensor, q_at: Tensor, k_at: Tensor

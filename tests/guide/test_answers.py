@@ -21,7 +21,7 @@ from megalite.data.packing import Conversations
 from megalite.generate.cache import Texts
 from megalite.generate.engine import Request, complete
 from megalite.generate.load import Place, untrained_share
-from megalite.generate.sample import Draw, Sampling, pick, probabilities
+from megalite.generate.sample import Draw, Sampling, drawn, probabilities
 from megalite.layers.attention import Attention
 from megalite.layers.context import merged
 from megalite.layers.core_attention import CoreAttention
@@ -179,10 +179,10 @@ def test_a_lower_temperature_keeps_no_more_tokens():
 def test_draws_follow_the_probabilities():
     logits, how, draws = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0]), Sampling(temperature=1.0), 4000
     expected = probabilities(logits, how)
-    drawn = Counter(pick(logits, Draw(how, [3, 1], number)) for number in range(draws))
+    found = Counter(drawn(logits, Draw(how, [3, 1], number)) for number in range(draws))
     for token, p in enumerate(expected.tolist()):
         spread = (p * (1 - p) / draws) ** 0.5
-        assert abs(drawn[token] / draws - p) < 4 * spread
+        assert abs(found[token] / draws - p) < 4 * spread
 
 
 def test_loss_does_not_depend_on_microbatches():

@@ -98,3 +98,18 @@ def test_the_result_may_be_written_into(calls: list[tuple]) -> None:
     y = Doubled.apply(Product.apply(x, _random(256, 256)))
     y.sum().backward()
     assert x.grad is not None and (x.grad == 2).all()
+
+
+@pytest.mark.parametrize("size", [(768, 256), (96, 1030)], ids=str)
+def test_a_token_beside_any_others_has_the_same_bits_by_a_packed_weight(
+    size: tuple[int, int],
+) -> None:
+    i, o = size
+    x, weight, bias = _random(40, i), torch.nn.Parameter(_random(o, i)), _random(o)
+    exact = x.double() @ weight.detach().double().t() + bias
+    matmul.pack(weight, keep=False)
+    y = matmul.linear(x, weight, bias)
+    _agree(y, exact)
+    for t in (0, 1, 2, 3, 4, 5, 6, 15, 16, 17, 33):
+        assert torch.equal(matmul.linear(x[:t], weight, bias), y[:t])
+        assert torch.equal(matmul.linear(x[None, 40 - t :], weight, bias)[0], y[40 - t :])

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from examples.my_attention import MyAttention
+from megalite.core.call import Cached
 from megalite.core.config import ModelConfig
 from megalite.core.mesh import Mesh
 from megalite.core.params import initialize
@@ -96,8 +97,9 @@ def test_steps_that_can_be_recorded_have_the_same_logits(model, monkeypatch):
     assert set(spans) == {8, 16, 24} and len(spans) > 5
 
 
+@pytest.mark.parametrize("lengths", [range(1, 10), (5, 5, 5, 6)], ids=["any", "alike"])
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
-def test_bits_of_a_request_do_not_depend_on_its_batch(model):
+def test_bits_of_a_request_do_not_depend_on_its_batch(model, lengths):
     share = share_of(torch.float32, slots=16, **model)
     seen = {}
 
@@ -120,7 +122,7 @@ def test_bits_of_a_request_do_not_depend_on_its_batch(model):
     rng = random.Random(7)
     requests = [
         Request(
-            tokens=[rng.randrange(61) for _ in range(rng.randint(1, 9))],
+            tokens=[rng.randrange(61) for _ in range(rng.choice(lengths))],
             how=Sampling(temperature=1.0, seed=i),
             max_tokens=10,
         )
@@ -142,6 +144,20 @@ def test_bits_of_a_last_chunk_of_one_token_do_not_depend_on_what_is_read_beside_
         share.run(Step((Part(0, 0, tokens[:8], 0),)))
         found.append(share.run(Step((Part(0, 8, tokens[8:], 1), *beside)))[0])
     assert torch.equal(found[0], found[1])
+
+
+def test_neighbours_of_one_length_run_together():
+    found = Cached({}, slots=(2, 3, 4, 7, 6, 5), before=(9, 9, 8, 8, 8, 8), rows=(1,) * 6)
+    assert [(r.mine, r.slots, r.before) for r in found.alike] == [
+        (slice(0, 2), slice(2, 4), 9),
+        (slice(2, 3), slice(4, 5), 8),
+        (slice(3, 4), slice(7, 8), 8),
+        (slice(4, 5), slice(6, 7), 8),
+        (slice(5, 6), slice(5, 6), 8),
+    ]
+    assert [(r.first, r.slot, r.count) for r in found.each] == [
+        (i, slot, 1) for i, slot in enumerate(found.slots)
+    ]
 
 
 def test_chunks_change_no_token():

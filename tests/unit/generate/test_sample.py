@@ -90,7 +90,7 @@ def test_repetition_penalty_divides_logits_above_0_and_multiplies_those_below():
     assert torch.allclose(shares(logits, text=[0, 1, 0], repetition_penalty=2.0), want)
     # The most likely token is the most likely after the penalty.
     how = Sampling(temperature=0.0, repetition_penalty=2.0)
-    assert pick(logits, Draw(how, [0, 1])) == 2
+    assert pick(logits[None], [Draw(how, [0, 1])]) == [2]
 
 
 @pytest.mark.parametrize("how", [{"top_p": 0.9}, {"top_k": 40}, {"min_p": 0.05}, {"top_p": 0.999}])
@@ -116,7 +116,8 @@ def test_likelihood_is_the_softmax_at_temperature_one():
 
 def draw(how, requests, positions, logits=LOGITS):
     asked = zip(requests, positions, strict=True)
-    return [pick(logits, Draw(how, [0] * place, number)) for number, place in asked]
+    draws = [Draw(how, [0] * place, number) for number, place in asked]
+    return pick(logits.expand(len(draws), -1), draws)
 
 
 def test_draw_depends_on_seed_request_and_position_alone():

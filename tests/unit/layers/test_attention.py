@@ -55,6 +55,22 @@ def test_attention_dropout_is_off_in_evaluation():
     assert not torch.allclose(attention(x, call), plain)
 
 
+@pytest.mark.parametrize("heads", [(12, 1, 64), (2, 3, 20), (1, 8, 16)], ids=str)
+@pytest.mark.parametrize("cap", [None, 4.0])
+def test_queries_over_all_keys_have_the_same_bits_in_any_batch(heads, cap):
+    m, queries, d = heads
+    core = attention_of(replace(CFG, attention_soft_cap=cap)).core(call_of())
+    q = torch.randn(6, m, queries, d)
+    k, v = torch.randn(2, 6, m, 131, d)
+    assert core.can_batch(q) and not core.can_batch(q.bfloat16())
+    for end in (1, 2, 7, 16, 33, 64, 130):
+        y = core.attend_all(q, k[:, :, :end], v[:, :, :end])
+        for first, count in ((0, 1), (5, 1), (1, 2), (2, 3), (1, 5)):
+            some = slice(first, first + count)
+            found = core.attend_all(q[some].clone(), k[some, :, :end], v[some, :, :end])
+            assert torch.equal(found, y[some])
+
+
 def test_softmax_of_a_row_with_no_key_is_zero():
     seen = torch.tensor([[True, False, True], [False] * 3])
     weights = scaled_softmax(torch.randn(1, 1, 2, 3), mask=seen)
