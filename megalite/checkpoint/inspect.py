@@ -45,9 +45,7 @@ def inspect(args: InspectArgs) -> None:
 
 
 def _show_checkpoint(path: Path) -> None:
-    directory, manifest, passed_over = mf.newest(path)
-    for reason in passed_over:
-        print(f"megalite: warning: {reason}")
+    directory, manifest = mf.newest_with_warnings(path)
     made = manifest.made_with
     layout = " x ".join(f"{axis}{n}" for axis, n in made.get("layout", {}).items() if n > 1)
     print(

@@ -77,13 +77,20 @@ class Reader:
                 f"{self.directory}: {name}: {filled} of {prod(box_shape(box))} numbers found"
             )
 
-    def _find(self, name: str, shape: tuple[int, ...]) -> SavedTensor:
+    def whole(self, name: str) -> Tensor:
+        """The whole tensor of that name, as it was saved. Raises CheckpointError as `fill` does."""
+        saved = self._find(name)
+        found = torch.empty(saved.shape, dtype=getattr(torch, saved.dtype))
+        self.fill(found, name, tuple((0, n) for n in saved.shape), saved.shape)
+        return found
+
+    def _find(self, name: str, shape: tuple[int, ...] | None = None) -> SavedTensor:
         saved = self.manifest.tensors.get(name)
         if saved is None:
             raise CheckpointError(
                 f"{self.directory}: {name} is not in this checkpoint (another model, optimizer?)"
             )
-        if saved.shape != shape:
+        if shape is not None and saved.shape != shape:
             raise CheckpointError(
                 f"{self.directory}: {name}: checkpoint is {list(saved.shape)}, "
                 f"model wants {list(shape)}"

@@ -130,6 +130,14 @@ def step_dirs(root: Path) -> list[Path]:
     return sorted(found, key=lambda d: int(d.name[5:]), reverse=True)
 
 
+def newest_with_warnings(path: Path) -> tuple[Path, Manifest]:
+    """`newest`, with a line on the screen for each that was passed over."""
+    directory, manifest, passed_over = newest(path)
+    for reason in passed_over:
+        print(f"megalite: warning: {reason}; using {directory.name}")
+    return directory, manifest
+
+
 def newest(path: Path) -> tuple[Path, Manifest, list[str]]:
     """The newest valid checkpoint of a run directory, or that step directory itself.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from megalite.checkpoint.load import Reader, load_weights
-from megalite.checkpoint.manifest import Manifest, newest
+from megalite.checkpoint.manifest import Manifest, newest_with_warnings
 from megalite.core import matmul
 from megalite.core.config import Config, LayoutConfig, ModelConfig, run_directory
 from megalite.core.errors import CheckpointError
@@ -35,8 +35,6 @@ class Saved:
     directory: Path
     manifest: Manifest
     config: Config
-    passed_over: tuple[str, ...]
-    """Why newer checkpoints of the run are not it."""
 
     @property
     def model(self) -> ModelConfig:
@@ -53,9 +51,12 @@ class Saved:
 
 
 def open_checkpoint(path: Path) -> Saved:
-    """The newest valid checkpoint of a run directory, or that of a step directory."""
-    directory, manifest, passed_over = newest(path)
-    return Saved(directory, manifest, Config.from_dict(manifest.config), tuple(passed_over))
+    """The newest valid checkpoint of a run directory, or that of a step directory.
+
+    Those that it passes over are told on the screen.
+    """
+    directory, manifest = newest_with_warnings(path)
+    return Saved(directory, manifest, Config.from_dict(manifest.config))
 
 
 def check_layout(model: ModelConfig, *, tp: int, pp: int) -> None:

@@ -6,6 +6,7 @@ Next: protocol.py for the words of both, desk.py for what runs them, server.py f
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -170,7 +171,7 @@ def usage(choices: Sequence[Choice], copies: int) -> dict[str, int]:
     return {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
 
 
-class Shape:
+class Shape(ABC):
     """How one kind of completion is told: whole, and in the parts of a stream."""
 
     kind: str
@@ -184,17 +185,17 @@ class Shape:
             "model": served.name,
         }
 
+    @abstractmethod
     def whole(self, choice: Choice) -> dict[str, Any]:
         """A choice that has ended."""
-        raise NotImplementedError
 
+    @abstractmethod
     def opening(self, index: int) -> dict[str, Any]:
         """A choice of a stream before it says anything."""
-        raise NotImplementedError
 
+    @abstractmethod
     def part(self, piece: Piece) -> dict[str, Any]:
         """A choice of a stream, with what was added."""
-        raise NotImplementedError
 
     def closing(self, choice: Choice) -> dict[str, Any]:
         """A choice of a stream that has ended."""

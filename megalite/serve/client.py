@@ -23,18 +23,18 @@ class Server:
     """A server at a URL such as http://127.0.0.1:8000; /v1 at its end is taken for granted."""
 
     def __init__(self, url: str, *, token_file: str = "", ca_file: str = ""):
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(url)
+            self._host, self._port = parts.hostname or "", parts.port
+        except ValueError as error:
+            raise UserError(f"--url {url}: {error}") from None
+        if parts.scheme not in ("http", "https") or not self._host:
             raise UserError(f"--url {url}: expected http://HOST:PORT or https://HOST")
-        self.url, self._parts = url, parts
+        self.url = url
         self._path = parts.path.rstrip("/").removesuffix("/v1")
         self._headers = {"Content-Type": "application/json"}
         if token_file:
-            try:
-                token = Path(token_file).read_text(encoding="ascii").strip()
-            except OSError as error:
-                raise UserError(f"--token-file {token_file}: {error.strerror}") from None
-            self._headers["Authorization"] = f"Bearer {token}"
+            self._headers["Authorization"] = f"Bearer {read_token(token_file)}"
         self._trust = None
         if parts.scheme == "https":
             try:
@@ -80,13 +80,13 @@ class Server:
     def _ask(
         self, method: str, path: str, body: dict[str, Any] | None = None
     ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
-        host, port = self._parts.hostname or "", self._parts.port
+        at = (self._host, self._port)
         if self._trust is not None:
             connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-                host, port, timeout=TIMEOUT, context=self._trust
+                *at, timeout=TIMEOUT, context=self._trust
             )
         else:
-            connection = http.client.HTTPConnection(host, port, timeout=TIMEOUT)
+            connection = http.client.HTTPConnection(*at, timeout=TIMEOUT)
         data = None if body is None else json.dumps(body).encode()
         try:
             connection.request(method, self._path + path, data, self._headers)
@@ -100,6 +100,19 @@ class Server:
             connection.close()
             raise
         return connection, answer
+
+
+def read_token(path: str) -> str:
+    """The token in a file, one word. Raises UserError if there is none."""
+    try:
+        token = Path(path).read_text(encoding="ascii").strip()
+    except OSError as error:
+        raise UserError(f"--token-file {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--token-file {path}: the token must be ASCII") from None
+    if not token or any(c.isspace() for c in token):
+        raise UserError(f"--token-file {path}: expected one token, in one line")
+    return token
 
 
 def _words(body: bytes) -> str:

@@ -13,13 +13,13 @@ import ipaddress
 import json
 from collections import Counter
 from collections.abc import Awaitable, Callable, MutableMapping
-from pathlib import Path
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from megalite.core.errors import UserError
+from megalite.serve.client import read_token
 from megalite.serve.protocol import Wrong
 
 Scope = MutableMapping[str, Any]
@@ -46,18 +46,13 @@ HEADERS = {
 }
 
 
-def read_token(path: str) -> str:
+def own_token(path: str) -> str:
     """The token in a file. Raises UserError if there is none, or one that could be guessed."""
-    try:
-        token = Path(path).read_text(encoding="ascii").strip()
-    except OSError as error:
-        raise UserError(f"--token-file {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"--token-file {path}: the token must be ASCII") from None
-    if len(token) < TOKEN_LENGTH or any(c.isspace() for c in token):
+    token = read_token(path)
+    if len(token) < TOKEN_LENGTH:
         raise UserError(
-            f"--token-file {path}: the token must be {TOKEN_LENGTH} characters or more, in one "
-            "line (make one with: openssl rand -hex 32)"
+            f"--token-file {path}: the token must be {TOKEN_LENGTH} characters or more (make one "
+            "with: openssl rand -hex 32)"
         )
     return token
 
@@ -132,10 +127,7 @@ async def answer(wrong: Wrong, send: Send) -> None:
     """Send an error."""
     body = json.dumps(wrong.body()).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-    if wrong.status in (429, 503):
-        headers.append((b"retry-after", b"1"))
-    if wrong.status == 401:
-        headers.append((b"www-authenticate", b"Bearer"))
+    headers += [(name.encode(), value.encode()) for name, value in wrong.headers.items()]
     # What is left of its body is not read.
     headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": wrong.status, "headers": headers})

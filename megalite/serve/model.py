@@ -80,20 +80,30 @@ def sampling(how: Drawing) -> Sampling:
     )
 
 
+def find(path: Path, where: Placing, *, slots: int) -> tuple[Saved, Serving]:
+    """The checkpoint of a run directory or step directory, and how its ranks are to be.
+
+    Raises UserError if it cannot run there.
+    """
+    saved = open_checkpoint(path)
+    check_layout(saved.model, tp=where.tp, pp=where.pp)
+    device = pick_device(where)
+    serving = Serving(
+        tp=where.tp, pp=where.pp, device=device, precision=where.precision, slots=slots
+    )
+    return saved, serving
+
+
 @contextmanager
 def opened(path: Path, where: Placing, *, slots: int) -> Iterator[Model]:
     """The model of a run directory or step directory, ready to answer."""
-    saved = open_checkpoint(path)
-    for reason in saved.passed_over:
-        print(f"megalite: warning: {reason}; using {saved.directory.name}")
-    check_layout(saved.model, tp=where.tp, pp=where.pp)
-    tokenizer, device = saved.tokenizer(), pick_device(where)
+    saved, how = find(path, where, slots=slots)
+    tokenizer = saved.tokenizer()
     if where.tp * where.pp == 1:
-        at = torch.device(device)
+        at = torch.device(how.device)
         place = Place(slots=slots, dtype=dtype_of(where.precision, at), device=at)
         yield Model(saved, tokenizer, Generation(load_share(saved, place)))
         return
-    how = Serving(tp=where.tp, pp=where.pp, device=device, precision=where.precision, slots=slots)
     with remote(saved, how) as ranks:
         yield Model(saved, tokenizer, ranks)
 

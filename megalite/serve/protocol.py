@@ -31,6 +31,13 @@ class Wrong(Exception):
         super().__init__(message)
         self.status, self.message, self.code, self.param = status, message, code, param
 
+    @property
+    def headers(self) -> dict[str, str]:
+        """Those that tell a client what to do about it."""
+        if self.status == 401:
+            return {"www-authenticate": "Bearer"}
+        return {"retry-after": "1"} if self.status in (429, 503) else {}
+
     def body(self) -> dict[str, Any]:
         """OpenAI's form of an error."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"

@@ -25,8 +25,6 @@ from starlette.responses import StreamingResponse
 from megalite.core.errors import DataError, UserError
 from megalite.data.chat import Message, Template
 from megalite.data.strict_json import parse_json
-from megalite.generate.load import check_layout, open_checkpoint
-from megalite.generate.remote import Serving
 from megalite.serve.answers import ChatShape, Served, Shape, TextShape, pieces, requests_of, usage
 from megalite.serve.desk import Busy, Desk, Failed
 from megalite.serve.guard import (
@@ -34,10 +32,10 @@ from megalite.serve.guard import (
     Connection,
     Guard,
     is_loopback,
+    own_token,
     read_body,
-    read_token,
 )
-from megalite.serve.model import pick_device, remote
+from megalite.serve.model import find, remote
 from megalite.serve.protocol import (
     Asked,
     ChatAsked,
@@ -60,8 +58,7 @@ def application(served: Served) -> FastAPI:
 
     @app.exception_handler(Wrong)
     async def wrong(http: Request, error: Wrong) -> Response:
-        after = {"retry-after": "1"} if error.status in (429, 503) else {}
-        return JSONResponse(error.body(), error.status, headers=after)
+        return JSONResponse(error.body(), error.status, headers=error.headers)
 
     @app.exception_handler(HTTPException)
     async def nothing_there(http: Request, error: HTTPException) -> Response:
@@ -191,9 +188,9 @@ async def respond(
 ) -> Response:
     """The answer, whole or as a stream."""
     if served.desk.failure:
-        raise Wrong(503, "the model has failed", code="failed")
+        raise unserved(Failed(served.desk.failure))
     if served.desk.open + len(requests) > served.desk.room:
-        raise Wrong(429, "too many requests wait; try again", code="busy")
+        raise unserved(Busy())
     if asked.stream:
         return StreamingResponse(
             events(served, shape, requests, asked, http), media_type="text/event-stream"
@@ -271,7 +268,7 @@ def prometheus(served: Served, answered: dict[int, int]) -> str:
 
 def serve(args: ServeArgs) -> None:
     """Serve until Ctrl-C or SIGTERM."""
-    token = read_token(args.token_file) if args.token_file else ""
+    token = own_token(args.token_file) if args.token_file else ""
     if not token and not is_loopback(args.host):
         raise UserError(
             f"--host {args.host}: anybody who reaches this address could use the model "
@@ -279,18 +276,8 @@ def serve(args: ServeArgs) -> None:
         )
     if bool(args.tls_cert) != bool(args.tls_key):
         raise UserError("--tls-cert and --tls-key: one is nothing without the other")
-    saved = open_checkpoint(Path(args.checkpoint))
-    for reason in saved.passed_over:
-        print(f"megalite: warning: {reason}; using {saved.directory.name}")
-    check_layout(saved.model, tp=args.tp, pp=args.pp)
+    saved, how = find(Path(args.checkpoint), args, slots=args.slots)
     tokenizer, listening = saved.tokenizer(), listen(args.host, args.port)
-    how = Serving(
-        tp=args.tp,
-        pp=args.pp,
-        device=pick_device(args),
-        precision=args.precision,
-        slots=args.slots,
-    )
     with listening, remote(saved, how) as ranks:
 
         def make() -> Served:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 from tyro.conf import Positional
 
@@ -27,20 +26,13 @@ class OneFileArgs:
 
 def one_file(args: OneFileArgs) -> None:
     """Gather every weight and write them, by name, in whole-tensor shapes."""
-    directory, manifest, passed_over = mf.newest(Path(args.checkpoint))
-    for reason in passed_over:
-        print(f"megalite: warning: {reason}; using {directory.name}")
+    directory, manifest = mf.newest_with_warnings(Path(args.checkpoint))
     out = Path(args.out)
     if out.exists():
         raise UserError(f"--out {out}: is there already (name another file)")
     reader = Reader(directory, manifest)
-    weights = {}
-    for name, saved in manifest.tensors.items():
-        kind, _, parameter = name.partition("/")
-        if kind == "weights":
-            whole = torch.empty(saved.shape, dtype=getattr(torch, saved.dtype))
-            reader.fill(whole, name, tuple((0, n) for n in saved.shape), saved.shape)
-            weights[parameter] = whole
+    names = [name for name in manifest.tensors if name.startswith("weights/")]
+    weights = {name.removeprefix("weights/"): reader.whole(name) for name in names}
     fresh = out.with_name(out.name + ".partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -7,14 +7,16 @@ from __future__ import annotations
 import gzip
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from megalite.core import comm
+from megalite.core.call import Call
 from megalite.data.loader import Loader, Windows
 from megalite.data.tokenizer import Tokenizer
 from megalite.generate.engine import Request, complete
@@ -103,13 +105,8 @@ def held_out(loader: Loader, tokenizer: Tokenizer | None) -> HeldOut:
 
 def evaluate(engine: Engine, data: HeldOut, samples: int) -> tuple[float, float | None]:
     """Mean loss and bits per byte of the first `samples` windows; all ranks call it together."""
-    loader, dp = data.loader, engine.mesh.axis("dp")
-    samples = min(samples, len(loader.source))
-    at_once = loader.micro_batch_size * loader.num_microbatches * dp.size
     total = torch.zeros(3, dtype=torch.float64, device=engine.device)
-    for first in range(0, samples, at_once):
-        calls = loader.ordered(first, min(at_once, samples - first))
-        losses = engine.pipeline.evaluate(calls)
+    for calls, losses in passes(engine, data.loader, min(samples, len(data.loader.source))):
         if engine.counts_loss:
             labels = torch.cat([c.labels.flatten() for c in calls if c.labels is not None])
             total[0] += torch.stack(losses).sum()
@@ -119,6 +116,19 @@ def evaluate(engine: Engine, data: HeldOut, samples: int) -> tuple[float, float 
     loss, tokens, size = comm.all_reduce(total, engine.mesh.world).tolist()
     bits = loss / (size * math.log(2)) if size else None
     return loss / max(1.0, tokens), bits
+
+
+def passes(
+    engine: Engine, loader: Loader, samples: int
+) -> Iterator[tuple[list[Call], list[Tensor]]]:
+    """What the last stage makes of the first `samples` samples, a batch at a time, with the calls.
+
+    All ranks call it together.
+    """
+    at_once = loader.micro_batch_size * loader.num_microbatches * engine.mesh.axis("dp").size
+    for first in range(0, samples, at_once):
+        calls = loader.ordered(first, min(at_once, samples - first))
+        yield calls, engine.pipeline.evaluate(calls)
 
 
 def sample(engine: Engine, tokenizer: Tokenizer, prompt: str, *, max_tokens: int, seed: int) -> str:

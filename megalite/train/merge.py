@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tyro.conf import Positional
 
 from megalite.checkpoint import manifest as mf
@@ -42,9 +42,7 @@ class MergeArgs:
 
 def merge_lora(args: MergeArgs) -> None:
     """Write the merged run."""
-    directory, manifest, passed_over = mf.newest(Path(args.checkpoint))
-    for reason in passed_over:
-        print(f"megalite: warning: {reason}; using {directory.name}")
+    directory, manifest = mf.newest_with_warnings(Path(args.checkpoint))
     config, out = Config.from_dict(manifest.config), Path(args.out)
     if config.model.lora_rank == 0:
         raise UserError(f"{directory}: has no adapters (it was trained without --lora-rank)")
@@ -77,20 +75,12 @@ def merge_lora(args: MergeArgs) -> None:
 @torch.no_grad()
 def fill_merged(param: nn.Parameter, name: str, reader: Reader, scale: float) -> None:
     """Fill a whole parameter with the checkpoint's, and what the adapter beside it adds."""
-    wide = whole_tensor(reader, name).double()
-    beside = name.removesuffix("weight") + "lora."
-    if f"weights/{beside}up" in reader.manifest.tensors:
-        up, down = (whole_tensor(reader, beside + half).double() for half in ("up", "down"))
+    wide = reader.whole(f"weights/{name}").double()
+    beside = f"weights/{name.removesuffix('weight')}lora."
+    if f"{beside}up" in reader.manifest.tensors:
+        up, down = (reader.whole(beside + half).double() for half in ("up", "down"))
         wide += scale * up @ down
     param.zero_()
     traits = traits_of(param)
     for piece in traits.shard.pieces(traits.axes):
         param[slices(piece.local)] = wide[slices(piece.whole)].to(param.dtype)
-
-
-def whole_tensor(reader: Reader, name: str) -> Tensor:
-    """The whole weight of that name."""
-    saved = reader.manifest.tensors[f"weights/{name}"]
-    whole = torch.empty(saved.shape, dtype=getattr(torch, saved.dtype))
-    reader.fill(whole, f"weights/{name}", tuple((0, n) for n in saved.shape), saved.shape)
-    return whole

@@ -17,7 +17,7 @@ from megalite.data.atomic import write_atomic
 from megalite.data.loader import Loader
 from megalite.data.preferences import Pairs
 from megalite.train.build import Engine
-from megalite.train.evaluate import Found
+from megalite.train.evaluate import Found, passes
 
 REFERENCE = "reference.npz"
 """In a run's directory: float64 for each pair in the order of its windows, and what they are of."""
@@ -29,10 +29,8 @@ def log_ratios(engine: Engine, loader: Loader, count: int) -> np.ndarray:
     At any layout; all ranks call it together and get the same.
     """
     found = torch.zeros(count, dtype=torch.float64)
-    at_once = loader.micro_batch_size * loader.num_microbatches * engine.mesh.axis("dp").size
-    for first in range(0, count, at_once):
-        calls = loader.ordered(first, min(at_once, count - first))
-        for call, ratios in zip(calls, engine.pipeline.evaluate(calls), strict=False):
+    for calls, results in passes(engine, loader, count):
+        for call, ratios in zip(calls, results, strict=False):
             if engine.counts_loss and call.is_first_part:
                 assert call.preference is not None
                 counts = call.preference.counts.cpu()

@@ -25,7 +25,7 @@ from megalite.core.errors import UserError
 from megalite.generate.cache import Part, Step
 from megalite.generate.load import Place, load_share, open_checkpoint
 from megalite.layers.linear import is_adapter
-from megalite.train.merge import MergeArgs, merge_lora, whole_tensor
+from megalite.train.merge import MergeArgs, merge_lora
 from tests.unit.data.samples import make_tokenizer
 
 JOBS = "tests.ranks.pretrain_jobs"
@@ -159,7 +159,7 @@ def weights_of(run: Path) -> dict:
     directory, manifest, _ = newest(run)
     reader = Reader(directory, manifest)
     names = [n.partition("/")[2] for n in manifest.tensors if n.startswith("weights/")]
-    return {name: whole_tensor(reader, name) for name in names}, manifest
+    return {name: reader.whole(f"weights/{name}") for name in names}, manifest
 
 
 def test_all_but_adapters_stays_bit_for_bit_and_has_no_state(adapted, base):

@@ -237,6 +237,18 @@ CHAT = [
         "--url http://127.0.0.1:1 --token-file absent",
         "--token-file absent: No such file or directory",
     ),
+    (
+        "--url http://127.0.0.1:1 --token-file other.bin",
+        "--token-file other.bin: the token must be ASCII",
+    ),
+    (
+        "--url http://127.0.0.1:1 --token-file other.json",
+        "--token-file other.json: expected one token, in one line",
+    ),
+    (
+        "--url http://there:port",
+        "--url http://there:port: Port could not be cast to integer value as 'port'",
+    ),
 ]
 
 SERVE = [
@@ -246,7 +258,7 @@ SERVE = [
      "(name a --token-file, or leave --host at 127.0.0.1)"),
     ("run --token-file absent", "--token-file absent: No such file or directory"),
     ("run --token-file text.txt",
-     "--token-file text.txt: the token must be 32 characters or more, in one line "
+     "--token-file text.txt: the token must be 32 characters or more "
      "(make one with: openssl rand -hex 32)"),
     ("run --tls-cert text.txt", "--tls-cert and --tls-key: one is nothing without the other"),
     ("run --slots 0", "--slots 0: must be an integer >= 1"),
@@ -284,6 +296,7 @@ def split(line):
 def here(tmp_path, monkeypatch):
     """A directory with one text file and one JSON file that is no config; nothing of torchrun."""
     (tmp_path / "text.txt").write_text("hello")
+    (tmp_path / "other.bin").write_bytes(b"\xff\xfe")
     (tmp_path / "other.json").write_text('{"lr": 1}')
     monkeypatch.chdir(tmp_path)
     for name in environment(1):
