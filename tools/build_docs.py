@@ -25,9 +25,9 @@ def build(run: Path, chat: Path, out: Path, *, with_pdf: bool = True) -> list[Pa
     """The pages and, unless told otherwise, the PDF. Raises GuideError, or UserError of a run."""
     from tools.guide.figures import FIGURES, Reader, draw_all  # slow to import
 
-    for path, made_by in ((run, "make demo"), (chat, "make demo")):
+    for path in (run, chat):
         if not (path / "checkpoints").is_dir():
-            raise GuideError(f"{path}: no run there ({made_by} makes it, in about 5 minutes)")
+            raise GuideError(f"{path}: no run there (make demo makes it)")
     chapters = all_chapters()
     asked = [d for chapter in chapters for d in chapter.directives() if d.kind == "figure"]
     names = [d.words.partition(" ")[0] for d in asked]

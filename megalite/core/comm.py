@@ -137,7 +137,7 @@ def all_gather(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
 
 def needs_scratch(axis: Axis) -> bool:
     """Whether a reduce-scatter over the axis holds a second tensor as large until it ends."""
-    return axis.size > 1 and _is_gloo(axis)
+    return not stays_on_device(axis)
 
 
 def reduce_scatter_start(

@@ -91,6 +91,12 @@ class Attention(nn.Module):
         return self.out(y, call)
 
     def _core(self, call: Call, fused: Tensor) -> Tensor:
+        return attend(self.core(call), *self.heads(call, fused), call).flatten(2)
+
+    def heads(self, call: Call, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [s, b, n, d], keys and values [s, b, m, d] of their projection, normalised and
+        turned to their places.
+        """
         n, m, d = self.num_heads, self.kv_heads, self.head_dim
         both, v = fused.unflatten(-1, (n + 2 * m, d)).split((n + m, m), dim=2)
         if self.q_norm is not None and self.k_norm is not None:
@@ -99,7 +105,7 @@ class Attention(nn.Module):
         if self.rope is not None:
             both = self.rope(both, call)
         q, k = both.split((n, m), dim=2)
-        return attend(self.core(call), q, k, v, call).flatten(2)
+        return q, k, v
 
     def core(self, call: Call) -> CoreAttention:
         """How the heads here turn the scores of a call into weights."""

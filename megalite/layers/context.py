@@ -21,6 +21,7 @@ from megalite.core import comm
 from megalite.core.call import Cached, Call, Context, EverySlot
 from megalite.core.params import acc_dtype
 from megalite.layers.core_attention import CoreAttention, finite
+from megalite.ops.softmax import attention_mask
 
 # s rows of a sequence on this rank, c context ranks, b micro batch, n query heads and m kv heads on
 # this tp rank, d head_dim; `length` is c s, the whole sequence
@@ -101,8 +102,8 @@ def _every_slot(core: CoreAttention, q: Tensor, k: Tensor, v: Tensor, cache: Eve
     keys, values = cache.layers[core.layer]
     slots = torch.arange(len(keys), device=q.device)
     keys[slots, :, cache.places], values[slots, :, cache.places] = k[0], v[0]  # [slots, m, d]
-    at, last = torch.arange(cache.span, device=q.device), cache.places[:, None]
-    seen = at <= last if core.window is None else (at <= last) & (at > last - core.window)
+    at = torch.arange(cache.span, device=q.device)
+    seen = attention_mask(cache.places, at, core.window)  # [slots, span]
     k, v = keys[:, :, : cache.span], values[:, :, : cache.span]
     y = core.attend_all(_by_kv_head(q[0], keys), k, v, seen[:, None, None])
     return y.flatten(1, 2).unsqueeze(0)

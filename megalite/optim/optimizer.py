@@ -17,7 +17,7 @@ from megalite.core.config import OptimConfig
 from megalite.optim.matrices import EachMatrix, WholeMatrices
 from megalite.optim.rules import Rules
 from megalite.optim.scaler import LossScaler
-from megalite.parallel.buckets import Bucket
+from megalite.parallel.buckets import Bucket, Span
 from megalite.parallel.zero import Zero
 
 AT_ONCE = 1 << 20
@@ -43,16 +43,19 @@ class Optimizer:
         self.step_count = 0
         self.masters: list[Tensor | None] = []
         self.states: list[dict[str, Tensor]] = []
-        for bucket in zero.buckets:
-            grads, frozen = bucket.grads, bucket.layout.key.frozen
-            narrow = bucket.params.dtype != bucket.grad_dtype and not frozen
-            self.masters.append(torch.zeros_like(grads) if narrow else None)
-            names = () if frozen else self.rules[bucket.layout.key.optimizer].state_names
-            self.states.append({name: torch.zeros_like(grads) for name in names})
-        self._owned = [
-            [] if b.layout.key.frozen else b.layout.owned_spans(zero.my_range(b))
-            for b in zero.buckets
-        ]
+        self._learned: list[tuple[int, Bucket]] = []
+        self._owned: list[list[Span]] = []
+        for idx, bucket in enumerate(zero.buckets):
+            if bucket.layout.key.frozen:
+                self.masters.append(None)
+                self.states.append({})
+                continue
+            self._learned.append((idx, bucket))
+            narrow = bucket.params.dtype != bucket.grad_dtype
+            self.masters.append(torch.zeros_like(bucket.grads) if narrow else None)
+            names = self.rules[bucket.layout.key.optimizer].state_names
+            self.states.append({name: torch.zeros_like(bucket.grads) for name in names})
+            self._owned.append(bucket.layout.owned_spans(zero.my_range(bucket)))
         self._more = [self._given_more(bucket) for bucket in zero.buckets]
         self.read_params()
 
@@ -92,9 +95,7 @@ class Optimizer:
         Parameters that are gathered are to be gathered again.
         """
         count, kept = self.step_count, []
-        for idx, bucket in enumerate(self.zero.buckets):
-            if bucket.layout.key.frozen:
-                continue
+        for idx, bucket in self._learned:
             for tensor in (*self.numbers(idx).values(), bucket.grads):
                 kept.append((tensor, tensor.detach().clone()))
 
@@ -109,7 +110,7 @@ class Optimizer:
     def sum_of_squares(self) -> Tensor:
         """Of the reduced gradients this rank counts, in float64: over all ranks, norm squared."""
         total = torch.zeros((), dtype=torch.float64, device=self.zero.buckets[0].grads.device)
-        for bucket, spans in zip(self.zero.buckets, self._owned, strict=True):
+        for (_, bucket), spans in zip(self._learned, self._owned, strict=True):
             base = bucket.updated[0]
             for lo, hi in spans:
                 total += _sum_of_squares(bucket.grads[lo - base : hi - base])
@@ -118,9 +119,7 @@ class Optimizer:
     def step(self, *, lr: float, scale: Tensor) -> None:
         """Multiply the gradients by `scale` (normalisation and clipping) and update every range."""
         self.step_count += 1
-        for idx, bucket in enumerate(self.zero.buckets):
-            if bucket.layout.key.frozen:
-                continue
+        for idx, bucket in self._learned:
             numbers, key, factor = self.numbers(idx), bucket.layout.key, scale.to(bucket.grad_dtype)
             rule, more = self.rules[key.optimizer], dict[str, Any](self._more[idx])
             in_one_pass = getattr(rule, "in_one_pass", False)

@@ -3,8 +3,6 @@
 import json
 import math
 import re
-import signal
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +14,6 @@ from megalite import __main__ as front
 from megalite.checkpoint.manifest import newest
 from megalite.core.config import (
     Config,
-    DataConfig,
-    LayoutConfig,
-    ModelConfig,
-    OptimConfig,
-    TrainConfig,
 )
 from megalite.data.chat import Template
 from megalite.data.preferences import Pairs, read_preferences, render_pair
@@ -28,10 +21,9 @@ from megalite.data.tokenizer import Tokenizer
 from megalite.generate.cache import Part, Step
 from megalite.generate.load import Place, load_share, open_checkpoint
 from megalite.train.preference import REFERENCE
-from tests.unit.data.samples import make_tokenizer
+from tests.ranks.tuning import Tuned, pretrained
 
-JOBS = "tests.ranks.pretrain_jobs"
-TOL, VOCAB, BETA = 1e-10, 300, 0.3
+TOL, BETA = 1e-10, 0.3
 KEYS = ("loss", "grad_norm", "tokens", "val_loss", "val_preferred", "val_margin")
 LAYOUTS = [
     {"tp": 2, "pp": 2, "zero": 0, "schedule": "zb-h1"},
@@ -43,55 +35,22 @@ LAYOUTS = [
 
 @pytest.fixture(scope="module")
 def base(run_ranks, tmp_path_factory):
-    """A directory with a short pretraining run, and pairs of many lengths."""
-    home = tmp_path_factory.mktemp("dpo")
-    for name, count in (("train", 40), ("valid", 7)):
-        with (home / f"{name}.jsonl").open("w") as file:
-            for i in range(count):
-                texts = {"chosen": "to" * (1 + i % 5), "rejected": "ka" * (1 + i % 4) + "e"}
-                file.write(json.dumps({"prompt": "say " + "ka" * (i % 7), **texts}) + "\n")
-    make_tokenizer(VOCAB).save(home / "tokenizer.json")
-    config = Config(
-        model=ModelConfig(
-            num_layers=2, hidden_size=16, num_heads=2, vocab_size=VOCAB, seq_len=96,
-            position="rope",
-        ),
-        data=DataConfig(tokenizer=str(home / "tokenizer.json")),
-        train=TrainConfig(
-            out=str(home / "base"), precision="fp64", device="cpu", train_steps=2,
-            micro_batch_size=2, global_batch_size=8,
-        ),
-    )  # fmt: skip
-    (ended,) = run_ranks(f"{JOBS}:train", 1, config=config.to_dict())
-    assert ended["code"] == 0, ended
-    return home, config
+    """A short pretraining run, and pairs of many lengths."""
+
+    def example(i: int) -> dict:
+        texts = {"chosen": "to" * (1 + i % 5), "rejected": "ka" * (1 + i % 4) + "e"}
+        return {"prompt": "say " + "ka" * (i % 7), **texts}
+
+    return pretrained(tmp_path_factory.mktemp("dpo"), run_ranks, example)
 
 
 @pytest.fixture(scope="module")
-def tune(base, run_ranks):
-    """Runs dpo at a layout; gives what rank 0 says, lines of metrics, the run, and errors."""
-    home, config = base
+def tune(base):
+    """Runs dpo at a layout."""
 
-    def run(name: str, layout: dict, *, micro: int = 1, code: int = 0, lora: int = 0, **train):
-        world = math.prod(layout.get(axis, 1) for axis in ("tp", "pp", "cp", "dp"))
-        out = home / name
-        tuned = replace(
-            config,
-            model=replace(config.model, lora_rank=lora),
-            layout=LayoutConfig(**layout),
-            data=DataConfig(
-                data=str(home / "train.jsonl"), valid_data=str(home / "valid.jsonl"), dpo_beta=BETA
-            ),
-            optim=OptimConfig(lr=3e-3),
-            train=replace(
-                config.train, out=str(out), init_from=str(home / "base"), train_steps=4,
-                micro_batch_size=micro, log_interval=1, eval_interval=2, eval_samples=4, **train,
-            ),
-        )  # fmt: skip
-        ended = run_ranks(f"{JOBS}:train", world, config=tuned.to_dict())
-        assert all(one["code"] == code for one in ended), ended
-        lines = (out / "metrics.jsonl").read_text().splitlines()
-        return ended[0]["out"], [json.loads(line) for line in lines], out, ended[0]["err"]
+    def run(name: str, layout: dict, **how) -> Tuned:
+        how |= {"data": {"dpo_beta": BETA}, "lr": 3e-3, "eval_interval": 2, "eval_samples": 4}
+        return base.tune(name, layout, **how)
 
     return run
 
@@ -135,7 +94,7 @@ def log_p(share, rendered) -> torch.Tensor:
 
 def test_reference_and_loss_are_what_the_answers_alone_give(alone, base):
     """The published formula, from logits of generation, in which no pair is packed."""
-    home, _ = base
+    home = base.home
     template = Template(Tokenizer.load(home / "tokenizer.json"))
     pairs = Pairs([render_pair(template, p) for p in read_preferences(home / "valid.jsonl")], 96)
     place = Place(slots=1, dtype=torch.float64, device=torch.device("cpu"))
@@ -172,7 +131,7 @@ def test_adapters_learn_preferences_at_a_layout_as_in_one_process(tune):
 
 
 def test_resumed_run_keeps_its_reference_at_another_layout(alone, tune, base):
-    home, _ = base
+    home = base.home
     tune("halves", {}, micro=2, save_interval=2)
     (home / "halves" / "checkpoints" / "step-00000004" / "MANIFEST.json").unlink()
     said, lines, _, _ = tune("halves", {"tp": 2, "dp": 2}, save_interval=2, resume=True)
@@ -182,7 +141,7 @@ def test_resumed_run_keeps_its_reference_at_another_layout(alone, tune, base):
 
 
 def test_resumed_run_refuses_other_pairs(tune, base):
-    home, _ = base
+    home = base.home
     tune("moved", {}, micro=2, save_interval=2)
     (home / "moved" / "checkpoints" / "step-00000004" / "MANIFEST.json").unlink()
     with np.load(home / "moved" / REFERENCE) as file:
@@ -198,15 +157,8 @@ def test_resumed_run_refuses_other_pairs(tune, base):
 
 @pytest.fixture
 def at_home(base, monkeypatch):
-    """The directory of `base`; pytest gets its signals back."""
-    home, _ = base
-    monkeypatch.chdir(home)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    yield home
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    """The directory of `base`."""
+    yield from base.entered(monkeypatch)
 
 
 def test_command_learns_with_a_beta_of_its_own(at_home):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,21 +13,14 @@ from megalite.checkpoint.load import Reader
 from megalite.checkpoint.manifest import newest
 from megalite.core.config import (
     Config,
-    DataConfig,
-    LayoutConfig,
-    ModelConfig,
-    OptimConfig,
-    TrainConfig,
 )
 from megalite.core.errors import UserError
 from megalite.generate.cache import Part, Step
 from megalite.generate.load import Place, load_share, open_checkpoint
 from megalite.layers.linear import is_adapter
 from megalite.train.merge import MergeArgs, merge_lora
-from tests.unit.data.samples import make_tokenizer
+from tests.ranks.tuning import Tuned, pretrained
 
-JOBS = "tests.ranks.pretrain_jobs"
-VOCAB = 300
 TOL = 1e-10
 LAYOUTS = [
     ({"tp": 2}, True),
@@ -44,67 +35,20 @@ LAYOUTS = [
 
 @pytest.fixture(scope="module")
 def base(run_ranks, tmp_path_factory):
-    """A directory with a short pretraining run, and conversations of many lengths."""
-    home = tmp_path_factory.mktemp("sft")
-    tokenizer = make_tokenizer(VOCAB)
-    for name, count in (("train", 40), ("valid", 7)):
-        with (home / f"{name}.jsonl").open("w") as file:
-            for i in range(count):
-                line = {"prompt": "say " + "ka" * (i % 9), "completion": "to" * (1 + i % 5)}
-                file.write(json.dumps(line) + "\n")
-    tokenizer.save(home / "tokenizer.json")
-    config = Config(
-        model=ModelConfig(
-            num_layers=2, hidden_size=16, num_heads=2, vocab_size=VOCAB, seq_len=96,
-            position="rope",
-        ),
-        data=DataConfig(tokenizer=str(home / "tokenizer.json")),
-        train=TrainConfig(
-            out=str(home / "base"), precision="fp64", device="cpu", train_steps=2,
-            micro_batch_size=2, global_batch_size=8,
-        ),
-    )  # fmt: skip
-    (ended,) = run_ranks(f"{JOBS}:train", 1, config=config.to_dict())
-    assert ended["code"] == 0, ended
-    return home, config
+    """A short pretraining run, and conversations of many lengths."""
+
+    def example(i: int) -> dict:
+        return {"prompt": "say " + "ka" * (i % 9), "completion": "to" * (1 + i % 5)}
+
+    return pretrained(tmp_path_factory.mktemp("sft"), run_ranks, example)
 
 
 @pytest.fixture(scope="module")
-def tune(base, run_ranks):
-    """Runs sft at a layout; gives what rank 0 says and the lines of metrics."""
-    home, config = base
+def tune(base):
+    """Runs sft at a layout."""
 
-    def run(
-        name: str,
-        layout: dict,
-        *,
-        pack: bool,
-        micro: int = 1,
-        lr: float = 1e-2,
-        lora: int = 0,
-        **train,
-    ):
-        world = 1
-        for axis in ("tp", "pp", "cp", "dp"):
-            world *= layout.get(axis, 1)
-        out = home / name
-        tuned = replace(
-            config,
-            model=replace(config.model, lora_rank=lora),
-            layout=LayoutConfig(**layout),
-            data=DataConfig(
-                data=str(home / "train.jsonl"), valid_data=str(home / "valid.jsonl"), pack=pack
-            ),
-            optim=OptimConfig(lr=lr),
-            train=replace(
-                config.train, out=str(out), init_from=str(home / "base"), train_steps=4,
-                micro_batch_size=micro, log_interval=1, **train,
-            ),
-        )  # fmt: skip
-        ended = run_ranks(f"{JOBS}:train", world, config=tuned.to_dict())
-        assert all(one["code"] == 0 for one in ended), ended
-        lines = (out / "metrics.jsonl").read_text().splitlines()
-        return ended[0]["out"], [json.loads(line) for line in lines], out
+    def run(name: str, layout: dict, *, pack: bool, lr: float = 1e-2, **how) -> Tuned:
+        return base.tune(name, layout, data={"pack": pack}, lr=lr, **how)
 
     return run
 
@@ -118,8 +62,8 @@ def alone(tune):
 @pytest.mark.parametrize(("layout", "pack"), LAYOUTS)
 def test_fine_tuning_at_a_layout_equals_one_process(alone, tune, layout, pack):
     name = "-".join(f"{key}{value}" for key, value in layout.items())
-    said, lines, _ = tune(f"{name}-{pack}", layout, pack=pack)
-    theirs, reference, _ = alone[pack]
+    said, lines, *_ = tune(f"{name}-{pack}", layout, pack=pack)
+    theirs, reference, *_ = alone[pack]
     for key in ("loss", "grad_norm", "val_loss", "val_bits_per_byte", "val_exact_match"):
         want = [line[key] for line in reference if line.get(key) is not None]
         found = [line[key] for line in lines if line.get(key) is not None]
@@ -145,12 +89,12 @@ def adapted(tune):
 @pytest.mark.parametrize("layout", LORA)
 def test_adapters_learned_at_a_layout_equal_one_process(adapted, tune, layout):
     name = "-".join(f"{key}{value}" for key, value in layout.items())
-    _, lines, _ = tune(f"lora-{name}", layout, pack=True, lora=3)
+    lines = tune(f"lora-{name}", layout, pack=True, lora=3).lines
     for key in ("loss", "grad_norm", "val_loss", "val_exact_match"):
-        want = [line[key] for line in adapted[1] if line.get(key) is not None]
+        want = [line[key] for line in adapted.lines if line.get(key) is not None]
         found = [line[key] for line in lines if line.get(key) is not None]
         assert len(want) >= 1 and found == pytest.approx(want, rel=TOL), key
-    losses = [line["loss"] for line in adapted[1] if line.get("loss") is not None]
+    losses = [line["loss"] for line in adapted.lines if line.get("loss") is not None]
     assert losses[-1] < losses[0]
 
 
@@ -163,8 +107,8 @@ def weights_of(run: Path) -> dict:
 
 
 def test_all_but_adapters_stays_bit_for_bit_and_has_no_state(adapted, base):
-    before, _ = weights_of(base[0] / "base")
-    after, manifest = weights_of(adapted[2])
+    before, _ = weights_of(base.home / "base")
+    after, manifest = weights_of(adapted.out)
     assert all(torch.equal(after[name], before[name]) for name in before)
     added = after.keys() - before.keys()
     assert len(added) == 2 * 2 * 4 and all(is_adapter(name) for name in added)
@@ -175,10 +119,10 @@ def test_all_but_adapters_stays_bit_for_bit_and_has_no_state(adapted, base):
 
 def test_merged_run_computes_what_the_adapters_do(adapted, tmp_path, base):
     merged = tmp_path / "merged"
-    merge_lora(MergeArgs(checkpoint=str(adapted[2]), out=str(merged)))
+    merge_lora(MergeArgs(checkpoint=str(adapted.out), out=str(merged)))
     place = Place(slots=1, dtype=torch.float64, device=torch.device("cpu"))
     step = Step((Part(0, 0, tuple(range(30)), 30),))
-    runs = (adapted[2], merged, base[0] / "base")
+    runs = (adapted.out, merged, base.home / "base")
     ours, plain, before = (load_share(open_checkpoint(run), place).run(step) for run in runs)
     assert ((ours - plain).abs() <= TOL).all()
     assert ((ours - before).abs() > 1e-3).any()
@@ -190,17 +134,17 @@ def test_merged_run_computes_what_the_adapters_do(adapted, tmp_path, base):
 
 def test_resumed_adapters_take_the_steps_that_were_left_at_another_layout(adapted, tune, base):
     tune("lora-halves", {"dp": 2, "zero": 1}, pack=True, lora=3, save_interval=2)
-    newest_one = base[0] / "lora-halves" / "checkpoints" / "step-00000004"
+    newest_one = base.home / "lora-halves" / "checkpoints" / "step-00000004"
     (newest_one / "MANIFEST.json").unlink()
     layout = {"tp": 2, "zero": 3}
-    _, lines, _ = tune("lora-halves", layout, pack=True, lora=3, save_interval=2, resume=True)
+    lines = tune("lora-halves", layout, pack=True, lora=3, save_interval=2, resume=True).lines
     for key in ("loss", "grad_norm", "val_loss"):
-        want = [x[key] for x in adapted[1] if x.get(key) is not None]
+        want = [x[key] for x in adapted.lines if x.get(key) is not None]
         assert [x[key] for x in lines if x.get(key) is not None] == pytest.approx(want, rel=TOL)
 
 
 def test_adapters_are_not_dropped_by_a_run_without_them(adapted, at_home, capfd):
-    asked = ["sft", "--init-from", str(adapted[2]), "--data", "train.jsonl", "--out", "dropped"]
+    asked = ["sft", "--init-from", str(adapted.out), "--data", "train.jsonl", "--out", "dropped"]
     with pytest.raises(SystemExit) as raised:
         front.main([*asked, "--lora-rank", "0", "--device", "cpu"])
     assert raised.value.code == 4
@@ -208,7 +152,7 @@ def test_adapters_are_not_dropped_by_a_run_without_them(adapted, at_home, capfd)
 
 
 def test_header_says_what_is_learned_from(alone):
-    for pack, (said, _, _) in alone.items():
+    for pack, (said, *_) in alone.items():
         words = "40 conversations in " + ("" if pack else "40 samples")
         assert words in said and "% of tokens learned" in said
     assert "in 40 samples" not in alone[True][0]
@@ -218,13 +162,13 @@ def test_held_out_loss_does_not_depend_on_packing(tune):
     """With the weights as they are: conversations of a window do not see each other."""
     found = []
     for pack in (True, False):
-        _, lines, _ = tune(f"still-{pack}", {}, pack=pack, micro=2, lr=1e-30)
+        lines = tune(f"still-{pack}", {}, pack=pack, micro=2, lr=1e-30).lines
         found.append(lines[-1]["val_loss"] if "val_loss" in lines[-1] else lines[-2]["val_loss"])
     assert found[0] == pytest.approx(found[1], rel=TOL)
 
 
 def test_run_leaves_what_a_chat_needs(alone):
-    said, _, out = alone[True]
+    said, _, out, _ = alone[True]
     assert f"megalite chat {out} --temperature 0" in said.splitlines()[-1]
     assert said.startswith("megalite sft | ")
     assert "held-out exact match 0." in said and " of 7)" in said
@@ -233,26 +177,19 @@ def test_run_leaves_what_a_chat_needs(alone):
 
 
 def test_resumed_sft_takes_the_steps_that_were_left(alone, tune, base):
-    _, whole, _ = alone[True]
+    whole = alone[True].lines
     tune("halves", {}, pack=True, micro=2, save_interval=2)
-    newest = base[0] / "halves" / "checkpoints" / "step-00000004"
+    newest = base.home / "halves" / "checkpoints" / "step-00000004"
     (newest / "MANIFEST.json").unlink()
-    _, lines, _ = tune("halves", {}, pack=True, micro=2, save_interval=2, resume=True)
+    lines = tune("halves", {}, pack=True, micro=2, save_interval=2, resume=True).lines
     for key in ("loss", "grad_norm", "lr", "val_loss"):
         assert [x[key] for x in lines if key in x] == [x[key] for x in whole if key in x], key
 
 
 @pytest.fixture
 def at_home(base, monkeypatch):
-    """The directory of `base`; pytest gets its signals back."""
-    home, _ = base
-    monkeypatch.chdir(home)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    yield home
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    """The directory of `base`."""
+    yield from base.entered(monkeypatch)
 
 
 def test_command_takes_model_and_tokenizer_from_the_run_it_begins_from(at_home, capsys):

@@ -137,6 +137,11 @@ def filled_in(directive: Directive) -> str:
     return f"{FENCE}{directive.kind} {file} {name}\n{source_of(file, name, directive.where)}{FENCE}"
 
 
+def kind_of(info: str) -> list[str]:
+    """The words that a fenced block begins with: its kind, and what it is of."""
+    return info.split() or ["text"]
+
+
 def source_of(file: str, name: str, where: str) -> str:
     """The source of `name` (Class.method, function, CONSTANT) in `file` of this repository.
 

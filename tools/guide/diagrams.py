@@ -31,6 +31,7 @@ from megalite.schedule.action import Op
 from megalite.schedule.draw import COLOURS, NAMES
 from megalite.schedule.generators import SCHEDULES
 from megalite.schedule.simulate import Timeline, bubble, peak_live, simulate
+from megalite.train.console import count
 from tools.guide.boxes import DEEP, FAINT, FOUR, GREY, PALE, PLAIN, WARM
 from tools.guide.reader import Reader
 
@@ -66,7 +67,7 @@ def parameters(reader: Reader) -> Figure:
             share = 100 * counts[part] / whole
             axes.barh(row, share, left=left, color=colour, label=part if row == 0 else None)
             left += share
-        axes.text(101, row, _short(whole), va="center")
+        axes.text(101, row, count(whole), va="center")
     axes.set_yticks(range(len(models)), models)
     axes.invert_yaxis()
     axes.set(xlabel="% of the parameters", xlim=(0, 112))
@@ -90,10 +91,6 @@ def _counts(model: ModelConfig) -> dict[str, int]:
             part = "attention" if ".attention." in name else "MLP"
         counts[part] += int(np.prod(traits_of(param).shard.shape))
     return counts
-
-
-def _short(count: float) -> str:
-    return f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
 
 
 def rates(reader: Reader) -> Figure:
@@ -127,7 +124,8 @@ def matrices(reader: Reader) -> Figure:
         axes.text(x, 2.5, sign, ha="center", va="center", fontsize=12)
     axes.annotate("", (10.6, 2.5), (9.4, 2.5), arrowprops={"arrowstyle": "->", "color": DEEP})
     axes.text(10.0, 2.75, "add up\nover ranks", ha="center", va="bottom", fontsize=7, color=DEEP)
-    _ranks(axes, (0.5, -0.02))
+    how = {"frameon": False, "ncols": 4, "loc": "lower center", "bbox_to_anchor": (0.5, -0.02)}
+    axes.legend(handles=_ranks(), **how)
     return figure
 
 
@@ -150,9 +148,9 @@ def _slab(
     axes.text(x + width / 2, y - 0.15, below, ha="center", va="top", fontsize=7, color=FAINT)
 
 
-def _ranks(axes: Axes, at: tuple[float, float]) -> None:
-    patches = [Patch(color=colour, label=f"rank {i}") for i, colour in enumerate(FOUR)]
-    axes.legend(handles=patches, frameon=False, ncols=4, loc="lower center", bbox_to_anchor=at)
+def _ranks() -> list[Patch]:
+    """What a legend says of the colours."""
+    return [Patch(color=colour, label=f"rank {i}") for i, colour in enumerate(FOUR)]
 
 
 def ring(reader: Reader) -> Figure:
@@ -162,8 +160,7 @@ def ring(reader: Reader) -> Figure:
         work = _draw_owners(axes, order, blocks=8)
         shares = ", ".join(f"{100 * w / sum(work):.0f}" for w in work)
         axes.set_title(f"{order}: {shares} % of the work", loc="left")
-    patches = [Patch(color=colour, label=f"rank {i}") for i, colour in enumerate(FOUR)]
-    figure.legend(handles=patches, frameon=False, ncols=4, loc="outside lower center")
+    figure.legend(handles=_ranks(), frameon=False, ncols=4, loc="outside lower center")
     return figure
 
 

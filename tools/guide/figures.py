@@ -32,6 +32,8 @@ from megalite.data.vocabulary import Vocabulary
 from megalite.generate.cache import Part, Step
 from megalite.generate.engine import Request, complete
 from megalite.generate.sample import Sampling, probabilities
+from megalite.generate.share import Share
+from megalite.ops.softmax import attention_mask
 from megalite.plan.memory import stage_memory
 from megalite.train.metrics import read_metrics
 from tools.guide import diagrams
@@ -125,9 +127,9 @@ def neighbours(reader: Reader) -> Figure:
     table = reader.share.pipeline.stages[0].embedding.weight  # type: ignore[attr-defined]
     table = table[: reader.tokenizer.vocab_size].detach()
     unit = table / table.norm(dim=1, keepdim=True).clamp(min=1e-9)
-    asked = _known(reader, (" self", " return", "0", "(", " import", " if"))
+    wanted = _known(reader, (" self", " return", "0", "(", " import", " if"))
     figure, grid = plt.subplots(2, 3, figsize=(6, 3.6))
-    for axes, token in zip(grid.flat, asked, strict=True):
+    for axes, token in zip(grid.flat, wanted, strict=True):
         near, ids = (unit @ unit[token]).topk(6)
         names = [reader.piece(i) for i in ids.tolist()[1:]]
         axes.barh(range(5), near.tolist()[1:], color=PLAIN)
@@ -184,15 +186,12 @@ def attention_weights(reader: Reader, module: Any, ids: list[int]) -> np.ndarray
     reader.run_text(ids)
     for hook in hooks:
         hook.remove()
-    n, m, d = module.num_heads, module.kv_heads, module.head_dim
-    q, k, _ = caught["fused"].unflatten(-1, (n + 2 * m, d)).split((n, m, m), dim=2)
-    if module.q_norm is not None:
-        q, k = module.q_norm(q), module.k_norm(k)
-    if module.rope is not None:
-        q, k = module.rope(q, caught["call"]), module.rope(k, caught["call"])
-    q, k = (x[:, 0].transpose(0, 1) for x in (q, k.repeat_interleave(n // m, dim=2)))
+    q, k, _ = module.heads(caught["call"], caught["fused"])
+    k = k.repeat_interleave(module.num_heads // module.kv_heads, dim=2)
+    q, k = (x[:, 0].transpose(0, 1) for x in (q, k))
     scores = q @ k.transpose(-1, -2) * module.scale
-    seen = torch.ones(scores.shape[-2:]).tril().bool()
+    at = torch.arange(len(ids))
+    seen = attention_mask(at, at, module.window)
     weights: np.ndarray = scores.masked_fill(~seen, -torch.inf).softmax(-1).numpy()
     return weights
 
@@ -322,11 +321,7 @@ def learned(reader: Reader) -> Figure:
 
 def answer(reader: Reader) -> Figure:
     """An answer of the fine-tuned model, each token darker the surer the model was of it."""
-    template = Template(reader.tokenizer)
-    prompt = template.prompt([Message("user", QUESTION)])
-    how = Sampling(temperature=0)
-    asked = Request(tokens=prompt, how=how, max_tokens=24, stop=frozenset([template.end]))
-    (said,) = complete(reader.chat_share, [asked])
+    prompt, said = asked(reader, reader.chat_share, QUESTION)
     ids = [*prompt, *said]
     chances = reader.run_text(ids, reader.chat_share).softmax(-1)
     start = len(prompt)
@@ -339,20 +334,25 @@ def answer(reader: Reader) -> Figure:
     return boxes([row], title=QUESTION)
 
 
+def asked(reader: Reader, share: Share, question: str) -> tuple[list[int], list[int]]:
+    """A question's prompt, and what the model most likely answers."""
+    template = Template(reader.tokenizer)
+    prompt, end = template.prompt([Message("user", question)]), frozenset([template.end])
+    how = Sampling(temperature=0)
+    (said,) = complete(share, [Request(tokens=prompt, how=how, max_tokens=24, stop=end)])
+    return prompt, said
+
+
 def before_after(reader: Reader) -> Figure:
     """What the same questions are answered before and after fine-tuning."""
-    template = Template(reader.tokenizer)
-    prompts = [template.prompt([Message("user", text)]) for text in QUESTIONS]
     rows: list[list[Box]] = []
-    for prompt, question in zip(prompts, QUESTIONS, strict=True):
+    for question in QUESTIONS:
         rows.append([Box(question, "white")])
         for share, name, tint in (
             (reader.share, "before", TINTS[0]),
             (reader.chat_share, "after", TINTS[1]),
         ):
-            how, stop = Sampling(temperature=0), frozenset([template.end])
-            asked = Request(tokens=prompt, how=how, max_tokens=24, stop=stop)
-            (said,) = complete(share, [asked])
+            _, said = asked(reader, share, question)
             text = "".join(reader.piece(token) for token in said)
             text = text.replace(SIGNS[" "], " ") or "(nothing)"
             rows.append([Box(f"{name:>8}", "white"), Box(text[:LONGEST], tint)])

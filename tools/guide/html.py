@@ -14,7 +14,7 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import get_lexer_by_name
 
-from tools.guide.chapters import Chapter
+from tools.guide.chapters import Chapter, kind_of
 
 LIGHT, DARK = "friendly", "github-dark"
 STYLE = """
@@ -122,8 +122,8 @@ def _markdown() -> MarkdownIt:
 
 
 def _fence(self: RendererHTML, tokens: Sequence[Token], idx: int, options: Any, env: Any) -> str:
-    words, content = tokens[idx].info.split(), tokens[idx].content
-    kind, rest = (words[0], words[1:]) if words else ("text", [])
+    content = tokens[idx].content
+    kind, *rest = kind_of(tokens[idx].info)
     if kind == "figure":
         caption = escape(content.strip())
         image = f'<img src="figures/{rest[0]}.svg" alt="{caption}">'

@@ -9,7 +9,7 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 from markdown_it.tree import SyntaxTreeNode
 
-from tools.guide.chapters import Chapter, source_of
+from tools.guide.chapters import Chapter, kind_of, source_of
 
 UNCUT = 30
 """Lines of code that stay on one page."""
@@ -115,8 +115,7 @@ def _rows(table: SyntaxTreeNode) -> Iterator[list[str]]:
 
 
 def _fence(node: SyntaxTreeNode) -> str:
-    words = node.info.split()
-    kind, rest = (words[0], words[1:]) if words else ("text", [])
+    kind, *rest = kind_of(node.info)
     if kind == "figure":
         caption = _quoted(node.content.strip())
         image = f'image("figures/{rest[0]}.svg", width: 100%)'
