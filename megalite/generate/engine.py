@@ -165,17 +165,21 @@ class Generation:
         events, ready, last = [], [], []
         for text, part, found in zip(texts, parts, logits, strict=True):
             text.read += len(part.tokens)
-            if text.read == len(text.tokens):
-                ready.append(text)
-                last.append(found[-1])
             if _echoes(text.request):
                 following = text.tokens[part.before + 1 : text.read + 1]
                 asked = text.request.rivals or 0
                 told = likelihood(found[: len(following)], following, asked)
                 events.append(Event(text.id, echoed=tuple(told)))
-        for text in ready:
+            if text.read < len(text.tokens):
+                continue
+            if self._is_full(text):  # a prompt of the context's length, or no new token asked for
+                self._leave(text, self._reading)
+                events.append(Event(text.id, ended=LENGTH))
+                continue
             self._reading.remove(text)
             self._running.append(text)
+            ready.append(text)
+            last.append(found[-1])
         return events + (self._add(ready, torch.stack(last)) if ready else [])
 
     def _go_on(self) -> list[Event]:
@@ -197,8 +201,6 @@ class Generation:
         return events
 
     def _next(self, text: _Text, logits: Tensor, token: int) -> Event:
-        if self._is_full(text):  # from the start: a prompt of the context's length, or no new token
-            return Event(text.id, ended=LENGTH)
         request = text.request
         told: list[Likely] = []
         if request.rivals is not None:

@@ -87,10 +87,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, call: Call) -> Tensor:
         """Project, attend over the whole sequence, of which s rows are here, project back."""
         fused = self.qkv(x, call)  # [s, b, (n + 2m) d]
-        y = call.part("core-attention", partial(self._core, call), fused)  # [s, b, n d]
+        y = call.part("core-attention", partial(self._attend, call), fused)  # [s, b, n d]
         return self.out(y, call)
 
-    def _core(self, call: Call, fused: Tensor) -> Tensor:
+    def _attend(self, call: Call, fused: Tensor) -> Tensor:
         return attend(self.core(call), *self.heads(call, fused), call).flatten(2)
 
     def heads(self, call: Call, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -48,9 +48,7 @@ class Desk:
         They are cancelled when `gone` is done, when `seconds` have passed, and when nobody wants
         the next event. Raises Busy before the first, and Failed.
         """
-        self._check()
-        if self.open + len(requests) > self.room:
-            raise Busy
+        self.admit(len(requests))
         events: asyncio.Queue[Event | None] = asyncio.Queue()
         places: dict[int, int] = {}
         leaving = asyncio.ensure_future(gone)
@@ -104,6 +102,12 @@ class Desk:
 
     def _forget(self, number: int) -> None:
         self._waiting.pop(number, None)
+
+    def admit(self, count: int) -> None:
+        """Raises Failed or Busy unless `count` more requests can be taken now."""
+        self._check()
+        if self.open + count > self.room:
+            raise Busy
 
     def _check(self) -> None:
         if self.failure:

@@ -187,10 +187,10 @@ async def respond(
     served: Served, shape: Shape, requests: list[Any], asked: Asked, http: Request
 ) -> Response:
     """The answer, whole or as a stream."""
-    if served.desk.failure:
-        raise unserved(Failed(served.desk.failure))
-    if served.desk.open + len(requests) > served.desk.room:
-        raise unserved(Busy())
+    try:
+        served.desk.admit(len(requests))
+    except (Failed, Busy) as error:  # while there is a status to say it by
+        raise unserved(error) from None
     if asked.stream:
         return StreamingResponse(
             events(served, shape, requests, asked, http), media_type="text/event-stream"

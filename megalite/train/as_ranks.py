@@ -119,7 +119,7 @@ class AttentionAsRanks(Attention):
             fused = fused + lora.scale * F.linear(thin, self._repeated(lora.up))
         if self.ring is not None:
             call = replace(call, context=self.ring)  # type: ignore[arg-type]
-        return self.out(call.part("core-attention", partial(self._core, call), fused), call)
+        return self.out(call.part("core-attention", partial(self._attend, call), fused), call)
 
     def _repeated(self, rows: Tensor) -> Tensor:
         """[(n + 2m) d, ...] with a copy of keys and values for each rank that has its own."""
