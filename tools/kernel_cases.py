@@ -236,8 +236,7 @@ def elementwise(sizes: Sizes) -> Iterator[Case]:
         return F.silu(gate) * up
 
     def torch_rope(heads: Tensor) -> Tensor:
-        a, b = heads.chunk(2, dim=-1)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+        return torch.addcmul(heads * cos, heads.roll(32, dims=-1), sin)
 
     def torch_dropout(x: Tensor) -> Tensor:
         return dy + F.dropout(x, 0.1)

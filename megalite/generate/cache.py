@@ -75,8 +75,9 @@ class Memory(Protocol):
 class KeyValues:
     """Keys and values of `slots` texts of up to `seq_len` tokens in the layers of this rank.
 
-    One place more takes what nobody reads. Memory is taken as it is written to. `heads` gives each
-    layer's kv heads and head size here.
+    One place more takes what nobody reads. Memory is taken as it is written to, and all that is
+    known of one place lies together: texts that go on side by side read it in one sweep. `heads`
+    gives each layer's kv heads and head size here.
     """
 
     def __init__(
@@ -89,13 +90,11 @@ class KeyValues:
         device: torch.device,
     ):
         self.slots, self.seq_len, self.device = slots, seq_len, device
-        self.layers = {
-            layer: (
-                torch.empty((slots, m, seq_len + 1, d), dtype=dtype, device=device),
-                torch.empty((slots, m, seq_len + 1, d), dtype=dtype, device=device),
-            )
-            for layer, (m, d) in heads.items()
-        }
+        self.layers = {}
+        for layer, (m, d) in heads.items():
+            both = torch.empty((2, seq_len + 1, slots, m, d), dtype=dtype, device=device)
+            keys, values = both.permute(0, 2, 3, 1, 4)  # [slots, m, length, d]
+            self.layers[layer] = keys, values
 
     def call(self, step: Step) -> Call:
         parts, length, device = step.parts, step.longest, self.device

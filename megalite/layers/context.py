@@ -80,7 +80,7 @@ def _next_tokens(
     q = _by_kv_head(q[0], keys)
     runs = cache.alike if core.can_batch(q) else cache.each
     made = [_next_token(core, q[r.mine], keys[r.slots], values[r.slots], r.before) for r in runs]
-    return torch.cat(made).flatten(1, 2).unsqueeze(0)
+    return (made[0] if len(made) == 1 else torch.cat(made)).flatten(1, 2).unsqueeze(0)
 
 
 def _by_kv_head(q: Tensor, keys: Tensor) -> Tensor:

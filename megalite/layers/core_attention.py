@@ -83,9 +83,14 @@ class CoreAttention:
         """
         if self.soft_cap is None and not self.can_batch(q):
             return F.scaled_dot_product_attention(q, k, v, seen, scale=self.scale)
-        scores = self._capped(q @ k.transpose(-1, -2) * self.scale)
-        weights = scores.softmax(-1) if seen is None else scaled_softmax(scores, mask=seen)
-        return weights @ v
+        # Of three dimensions: a product of more is several operations to torch.
+        flat, k, v = (t.flatten(0, 1) for t in (q * self.scale, k, v))
+        scores = self._capped(torch.bmm(flat, k.transpose(1, 2)))
+        if seen is None:
+            weights = scores.softmax(-1)
+        else:
+            weights = scaled_softmax(scores.unflatten(0, q.shape[:2]), mask=seen).flatten(0, 1)
+        return torch.bmm(weights, v).view(q.shape)
 
     def partial(
         self, q: Tensor, k: Tensor, v: Tensor, q_at: Tensor, k_at: Tensor

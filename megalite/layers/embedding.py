@@ -33,16 +33,19 @@ def _table_grad(table: nn.Parameter, local: Tensor, elsewhere: Tensor, dy: Tenso
     landed(table)
 
 
+def _lookup(local: Tensor, elsewhere: Tensor, table: Tensor, tp: Axis, call: Call) -> Tensor:
+    x = F.embedding(local, table)
+    x.masked_fill_(elsewhere.unsqueeze(-1), 0.0)  # [s, b, h], partial over tp
+    return comm.reduce_scatter(x, call.seq_cut) if call.seq_cut else comm.all_reduce(x, tp)
+
+
 class _Lookup(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tokens, anchor, params, tp, seq_cut, later):
+    def forward(ctx, local, elsewhere, anchor, params, tp, call):
         (table,) = params
-        local, elsewhere = _local_rows(tokens, table, tp)
         ctx.local, ctx.elsewhere, ctx.table = local, elsewhere, table
-        ctx.seq_cut, ctx.later = seq_cut, later
-        x = F.embedding(local, table)
-        x.masked_fill_(elsewhere.unsqueeze(-1), 0.0)  # [s, b, h], partial over tp
-        return comm.reduce_scatter(x, seq_cut) if seq_cut else comm.all_reduce(x, tp)
+        ctx.seq_cut, ctx.later = call.seq_cut, call.later
+        return _lookup(local, elsewhere, table, tp, call)
 
     @staticmethod
     def backward(ctx, dy):
@@ -69,9 +72,12 @@ class Embedding(nn.Module):
 
     def forward(self, call: Call) -> Tensor:
         """The rows of `call.tokens` [s, b]: [s or s/tp, b, h]."""
+        rows = _local_rows(call.tokens, self.weight, self.tp)
+        if not torch.is_grad_enabled():
+            return _lookup(*rows, self.weight, self.tp, call)
         # The table's gradient is added by hand; the anchor makes autograd run backward at all.
-        anchor = self.weight.new_zeros((), requires_grad=torch.is_grad_enabled())
-        return _Lookup.apply(call.tokens, anchor, (self.weight,), self.tp, call.seq_cut, call.later)
+        anchor = self.weight.new_zeros((), requires_grad=True)
+        return _Lookup.apply(*rows, anchor, (self.weight,), self.tp, call)
 
 
 class Positions(nn.Module):

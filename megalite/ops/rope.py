@@ -16,18 +16,22 @@ from megalite.ops.registry import define
 def rope_angles(
     places: Tensor, head_dim: int, theta: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [s, b, 1, d/2] of the angles of each place [s, b], computed in float64."""
+    """Cosine and sine [s, b, 1, d] of the angles of each place [s, b], computed in float64.
+
+    The angles of the first half are those of the second, its sines have the other sign: `rope` is
+    then two products, whatever the half.
+    """
     exponent = torch.arange(0, head_dim, 2, device=places.device, dtype=torch.float64) / head_dim
     angles = places.to(torch.float64)[:, :, None, None] * theta**-exponent
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate `x` [s, b, n, d]: element i of the first half with element i of the second."""
     if backend.takes_alike(x, cos, sin):
         return _Rope.apply(x, cos, sin)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 class _Rope(torch.autograd.Function):
@@ -54,7 +58,7 @@ def _kernel(a: _Inputs) -> Tensor:
     # kernel goes by strides, and neither is copied.
     x = a.x if a.x.stride(-1) == 1 else a.x.contiguous()
     s, b, n, d = x.shape
-    cos, sin = (t.contiguous().expand(s, b, 1, d // 2) for t in (a.cos, a.sin))
+    cos, sin = (t[..., d // 2 :].expand(s, b, 1, d // 2) for t in (a.cos, a.sin))
     y = _shapes(a)
     strides = *x.stride()[:3], *cos.stride()[:2]
     backend.launch("rope", x, y, x, cos, sin, *strides, s, b, n, d // 2, int(a.back))
@@ -68,9 +72,7 @@ def _shapes(a: _Inputs) -> Tensor:
 def _reference(a: _Inputs) -> Tensor:
     x, cos, sin = backend.wide(a.x), backend.wide(a.cos), backend.wide(a.sin)
     sin = -sin if a.back else sin
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return turned.to(a.x.dtype)
+    return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(a.x.dtype)
 
 
 _rope = define("rope", _Inputs, 1, kernel=_kernel, reference=_reference, shapes=_shapes)

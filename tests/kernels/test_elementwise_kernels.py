@@ -148,16 +148,17 @@ def test_swiglu_far_from_zero_is_finite(emulated):
 # -- rotary positions --------------------------------------------------------------------------
 
 
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Pairs of `x` as plane vectors, by the angles that rope_angles gives."""
+    a, b = x.chunk(2, dim=-1)
+    c, s = (angles.double().chunk(2, dim=-1)[1] for angles in (cos, sin))
+    return torch.cat((a * c - b * s, b * c + a * s), dim=-1)
+
+
 def compare_rope(x: Tensor, places: Tensor) -> None:
     """`places` [s, b] or [s, 1]."""
     cos, sin = rope_angles(places, x.shape[-1], 10_000.0, x.dtype)
-
-    def formula(x: Tensor) -> Tensor:
-        a, b = x.chunk(2, dim=-1)
-        c, s = cos.double(), sin.double()
-        return torch.cat((a * c - b * s, b * c + a * s), dim=-1)
-
-    compare(lambda x: rope(x, cos, sin), formula, x)
+    compare(lambda x: rope(x, cos, sin), lambda x: turned(x, cos, sin), x)
 
 
 @all_types
@@ -175,21 +176,13 @@ def test_rope_of_a_fused_projection_and_of_gradients_in_another_order(emulated, 
     fused = drawn(s, b, (n + 2 * m) * d, dtype=dtype, seed=1)
     cos, sin = rope_angles(torch.arange(s)[:, None], d, 10_000.0, dtype)
 
-    def attended(fused: Tensor, cos: Tensor, sin: Tensor, rotate) -> Tensor:
+    def attended(fused: Tensor, rotate) -> Tensor:
         """What attention does: heads before positions, so that gradients come in that order."""
         q, k, _ = fused.unflatten(-1, (n + 2 * m, d)).split((n, m, m), dim=2)
         q, k = (rotate(t, cos, sin).permute(1, 2, 0, 3) for t in (q, k))
         return (q * k.repeat_interleave(2, dim=1)).contiguous()
 
-    def formula(x: Tensor, c: Tensor, s: Tensor) -> Tensor:
-        a, b = x.chunk(2, dim=-1)
-        return torch.cat((a * c - b * s, b * c + a * s), dim=-1)
-
-    compare(
-        lambda fused: attended(fused, cos, sin, rope),
-        lambda fused: attended(fused, cos.double(), sin.double(), formula),
-        fused,
-    )
+    compare(lambda fused: attended(fused, rope), lambda fused: attended(fused, turned), fused)
     assert emulated.count == 4
 
 
