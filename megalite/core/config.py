@@ -324,6 +324,11 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
+    @property
+    def verb(self) -> str:
+        """What trains by it: `megalite pretrain`, `sft` or `dpo`."""
+        return "dpo" if self.data.prefers else "sft" if self.data.talks else "pretrain"
+
     def data_ranks(self, world_size: int) -> int:
         """Data parallel ranks of a world that `check` accepted."""
         lay = self.layout

@@ -28,7 +28,9 @@ def rope_angles(
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate `x` [s, b, n, d]: element i of the first half with element i of the second."""
+    """Rotate `x` [s, b, n, d] by what rope_angles gives: element i of its first half, a, and of its
+    second, b, become a cos - b sin and b cos + a sin.
+    """
     if backend.takes_alike(x, cos, sin):
         return _Rope.apply(x, cos, sin)
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)

@@ -1,4 +1,4 @@
-"""`megalite pretrain --dry-run`: the layout picture and the memory of a rank, on any laptop; starts
+"""`--dry-run` of what trains: the layout picture and the memory of a rank, on any laptop; starts
 nothing.
 """
 
@@ -26,9 +26,8 @@ def dry_run(config: Config, world_size: int) -> None:
     schedule = schedule_maker(config)(config.num_microbatches(world_size))
     share = 100 * bubble(timeline(config, schedule))
     dp = config.data_ranks(world_size)
-    print(
-        f"megalite pretrain, dry run | {world_size} ranks as TP{layout.tp} x PP{layout.pp} x DP{dp}"
-    )
+    ranks = f"{world_size} ranks as TP{layout.tp} x PP{layout.pp} x DP{dp}"
+    print(f"megalite {config.verb}, dry run | {ranks}")
     for line in layout_picture(config, world_size):
         print(f"  {line}")
     tokens = config.train.global_batch_size * config.model.seq_len

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from fastapi import Request
@@ -90,7 +91,7 @@ async def pieces(
         for i, request in enumerate(requests)
     ]
     served.tokens["read"] += sum(len(request.tokens) for request in requests)
-    running = served.desk.run(requests, seconds=served.seconds, gone=_gone(http))
+    running = served.desk.run(requests, seconds=served.seconds, gone=partial(_gone, http))
     try:
         async for place, event in running:
             choice = choices[place]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 from megalite.core.errors import RunError
@@ -41,17 +41,21 @@ class Desk:
         return len(self._waiting)
 
     async def run(
-        self, requests: Sequence[Request], *, seconds: float, gone: Awaitable[object]
+        self,
+        requests: Sequence[Request],
+        *,
+        seconds: float,
+        gone: Callable[[], Awaitable[object]],
     ) -> AsyncIterator[tuple[int, Event]]:
         """Events of `requests`, each with its place among them, until all have ended.
 
-        They are cancelled when `gone` is done, when `seconds` have passed, and when nobody wants
+        They are cancelled when `gone()` is done, when `seconds` have passed, and when nobody wants
         the next event. Raises Busy before the first, and Failed.
         """
         self.admit(len(requests))
         events: asyncio.Queue[Event | None] = asyncio.Queue()
         places: dict[int, int] = {}
-        leaving = asyncio.ensure_future(gone)
+        leaving = asyncio.ensure_future(gone())
         deadline = self._loop.time() + seconds
         try:
             for place, request in enumerate(requests):

@@ -95,10 +95,9 @@ def header(
         f"{train.train_steps} steps",
     ]
     plural = "s" if threads > 1 else ""
-    verb = "dpo" if config.data.prefers else "sft" if config.data.talks else "pretrain"
     lines = [
-        f"megalite {verb} | torch {torch.__version__} {backend} | {world_size} ranks, {threads} "
-        f"thread{plural} each | out {train.out}",
+        f"megalite {config.verb} | torch {torch.__version__} {backend} | {world_size} ranks, "
+        f"{threads} thread{plural} each | out {train.out}",
         f"  layout {' x '.join(axes)} ({world_size} ranks)",
     ]
     lines += [f"      {line}" for line in layout_picture(config, world_size)]

@@ -7,7 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megalite.core.config import Config, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
+from megalite.core.config import (
+    Config,
+    DataConfig,
+    LayoutConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
 from megalite.core.mesh import Mesh
 from megalite.models.presets import num_parameters
 from megalite.plan.dry_run import dry_run
@@ -78,3 +85,16 @@ def test_dry_run_prints_each_stage(capsys):
     dry_run(config_of(tp=2, pp=2, dp=2), 8)
     printed = capsys.readouterr().out
     assert "[r0 r1]" in printed and "pp1" in printed and "nothing was started" in printed
+
+
+@pytest.mark.parametrize(
+    ("verb", "data"),
+    [
+        ("pretrain", DataConfig()),
+        ("sft", DataConfig(data="talks.jsonl")),
+        ("dpo", DataConfig(data="pairs.jsonl", dpo_beta=0.1)),
+    ],
+)
+def test_dry_run_says_what_would_train(verb, data, capsys):
+    dry_run(replace(config_of(tp=2, dp=2), data=data), 4)
+    assert capsys.readouterr().out.startswith(f"megalite {verb}, dry run | 4 ranks")

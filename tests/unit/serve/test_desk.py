@@ -46,8 +46,7 @@ async def never():
     await asyncio.Event().wait()
 
 
-async def gather(desk, count, *, seconds=30.0, gone=None):
-    gone = gone or never()
+async def gather(desk, count, *, seconds=30.0, gone=never):
     return [e async for e in desk.run([ASK] * count, seconds=seconds, gone=gone)]
 
 
@@ -89,8 +88,7 @@ def test_time_that_is_up_and_a_client_that_has_gone_end_a_request(ranks):
         desk = Desk(ranks, room=9)
         ranks.made.put([Event(0, (5,))])
         assert [e.tokens for _, e in await gather(desk, 2, seconds=0.2)] in ([(5,)], [])
-        leaving = asyncio.sleep(0.05)
-        assert await gather(desk, 1, gone=leaving) == []
+        assert await gather(desk, 1, gone=lambda: asyncio.sleep(0.05)) == []
         assert ranks.cancelled == [0, 1, 2] and desk.open == 0
 
     asyncio.run(main())
