@@ -130,6 +130,8 @@ class Preference:
     """[b] bool: which samples are pairs; the others fill a microbatch up."""
     beta: float
     """What the difference of two such log ratios is multiplied with."""
+    gains: list[Tensor] = field(default_factory=list)
+    """That product [b], which the last stage leaves here when it finds the loss."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -80,6 +80,8 @@ def preference_loss(ratios: Tensor, call: Call) -> Tensor:
     """
     pairs = call.preference
     assert pairs is not None
-    each = softplus(pairs.beta * (pairs.reference.to(ratios.dtype) - ratios))
+    gains = pairs.beta * (ratios - pairs.reference.to(ratios.dtype))
+    pairs.gains[:] = [gains.detach()]
+    each = softplus(-gains)
     total = torch.where(pairs.counts, each, torch.zeros_like(each)).sum()
     return total if call.is_first_part else total - total.detach()

@@ -33,7 +33,8 @@ class Reduced:
     expected: int
     """Tokens of the step, masked or not: about as many as terms, or more."""
     sums: comm.Pending
-    """Of squares, losses, ranks that were asked to stop, terms and unmasked tokens."""
+    """Of squares, losses, ranks that were asked to stop, terms, unmasked tokens, and of pairs of
+    answers those whose preferred one has gained on the other, and all gains."""
     counted: comm.Pending | None = None
     """Of terms and unmasked tokens, where those sums do not wait for the others."""
     loss_scale: float = 1.0
@@ -51,12 +52,22 @@ class Reduced:
 
     @property
     def _counts(self) -> Tensor:
-        return self.sums.wait()[3:] if self.counted is None else self.counted.wait()
+        return self.sums.wait()[3:5] if self.counted is None else self.counted.wait()
 
     @property
     def loss(self) -> Tensor:
         """Mean over its terms."""
         return self.sums.wait()[1] / self.terms.clamp(min=1)
+
+    @property
+    def preferred(self) -> Tensor:
+        """Share of pairs whose preferred answer has gained on the other."""
+        return self.sums.wait()[5] / self.terms.clamp(min=1)
+
+    @property
+    def margin(self) -> Tensor:
+        """By how much, the mean over pairs."""
+        return self.sums.wait()[6] / self.terms.clamp(min=1)
 
     @property
     def norm(self) -> Tensor:
@@ -119,8 +130,19 @@ def forward_backward(
     squares = engine.optimizer.sum_of_squares()
     asked = torch.full_like(squares, float(stop))
     found = torch.stack((squares, loss.double() * engine.counts_loss, asked))
-    mine = torch.cat((found, counts))
+    mine = torch.cat((found, counts, _gained(engine, calls)))
     return Reduced(expected, comm.all_reduce_start(mine, engine.mesh.world), early, loss_scale)
+
+
+def _gained(engine: Engine, calls: Sequence[Call]) -> Tensor:
+    """What this rank counts of pairs: how many have gained, and the sum of all gains."""
+    total = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    if engine.counts_loss:
+        for pairs in (c.preference for c in calls if c.preference and c.is_first_part):
+            for gains in pairs.gains:
+                counted = gains.double() * pairs.counts
+                total += torch.stack(((counted > 0).sum(), counted.sum()))
+    return total
 
 
 def update(engine: Engine, found: Reduced, *, lr: float) -> None:

@@ -16,6 +16,8 @@ TAGS = {
     "lr": "train/lr",
     "grad_norm": "train/grad_norm",
     "loss_scale": "train/loss_scale",
+    "preferred": "train/preferred",
+    "margin": "train/margin",
     "val_loss": "val/loss",
     "val_bits_per_byte": "val/bpb",
     "val_exact_match": "val/exact_match",

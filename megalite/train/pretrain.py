@@ -205,6 +205,8 @@ class Run:
             self.mesh.log.doing("write metrics")
             if self.metrics is not None:
                 seen = {"loss": loss, "grad_norm": None if skipped else norm}
+                if self.config.data.prefers:
+                    seen |= {"preferred": found.preferred.item(), "margin": found.margin.item()}
                 self.metrics.write(step, **{**values, **seen, "skipped": int(skipped)})
             if _due(step, train.log_interval) or step in (1, train.train_steps):
                 samples, lr = values["samples"], values["lr"]

@@ -24,7 +24,8 @@ from megalite.train.preference import REFERENCE
 from tests.ranks.tuning import Tuned, pretrained
 
 TOL, BETA = 1e-10, 0.3
-KEYS = ("loss", "grad_norm", "tokens", "val_loss", "val_preferred", "val_margin")
+SEEN = ("loss", "preferred", "margin")
+KEYS = (*SEEN, "grad_norm", "tokens", *(f"val_{key}" for key in SEEN))
 LAYOUTS = [
     {"tp": 2, "pp": 2, "zero": 0, "schedule": "zb-h1"},
     {"cp": 2, "dp": 2, "zero": 3},
@@ -115,6 +116,8 @@ def test_reference_and_loss_are_what_the_answers_alone_give(alone, base):
 def test_training_prefers_more_and_says_so(alone):
     said, lines, _, _ = alone
     assert numbers(lines, "loss")[0] == pytest.approx(math.log(2))
+    assert numbers(lines, "margin")[0] == pytest.approx(0, abs=TOL)
+    assert numbers(lines, "preferred")[-1] > 0.5 and numbers(lines, "margin")[-1] > 0
     assert numbers(lines, "val_loss")[-1] < numbers(lines, "val_loss")[0] < math.log(2)
     assert said.startswith("megalite dpo | ") and "40 pairs of answers" in said
     assert re.search(r"^reference of 47 pairs in ", said, re.M)

@@ -119,4 +119,7 @@ def test_preference_loss_is_the_published_formula(beta):
     torch.testing.assert_close(preference_loss(ratios, call), loss, rtol=1e-12, atol=1e-12)
     (theirs,) = torch.autograd.grad(loss, logits)
     torch.testing.assert_close(grad, theirs, rtol=1e-12, atol=1e-12)
+    gains = beta * (want - reference)
+    assert call.preference is not None and len(call.preference.gains) == 1
+    torch.testing.assert_close(call.preference.gains[0], gains, rtol=1e-12, atol=1e-12)
     assert call.terms == 2 and call.tokens_learned == (labels >= 0).sum()
