@@ -33,8 +33,8 @@ class Reduced:
     expected: int
     """Tokens of the step, masked or not: about as many as terms, or more."""
     sums: comm.Pending
-    """Of squares, losses, ranks that were asked to stop, terms, unmasked tokens, and of pairs of
-    answers those whose preferred one has gained on the other, and all gains."""
+    """Of squares, losses, ranks that were asked to stop, terms and unmasked tokens; in preference
+    tuning also of pairs whose preferred answer has gained on the other, and of all gains."""
     counted: comm.Pending | None = None
     """Of terms and unmasked tokens, where those sums do not wait for the others."""
     loss_scale: float = 1.0
@@ -61,12 +61,12 @@ class Reduced:
 
     @property
     def preferred(self) -> Tensor:
-        """Share of pairs whose preferred answer has gained on the other."""
+        """Share of pairs whose preferred answer has gained on the other: of preference tuning."""
         return self.sums.wait()[5] / self.terms.clamp(min=1)
 
     @property
     def margin(self) -> Tensor:
-        """By how much, the mean over pairs."""
+        """By how much, the mean over pairs: of preference tuning."""
         return self.sums.wait()[6] / self.terms.clamp(min=1)
 
     @property
@@ -130,7 +130,8 @@ def forward_backward(
     squares = engine.optimizer.sum_of_squares()
     asked = torch.full_like(squares, float(stop))
     found = torch.stack((squares, loss.double() * engine.counts_loss, asked))
-    mine = torch.cat((found, counts, _gained(engine, calls)))
+    gained = [_gained(engine, calls)] if engine.config.data.prefers else []
+    mine = torch.cat((found, counts, *gained))
     return Reduced(expected, comm.all_reduce_start(mine, engine.mesh.world), early, loss_scale)
 
 
