@@ -11,7 +11,7 @@
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#define SHARED(type, name, count) __shared__ type name[count]
+#define SHARED(type, name, count) __shared__ alignas(16) type name[count]
 #else
 #include "../emulator/cuda_on_host.h"
 #endif
@@ -103,6 +103,30 @@ template <int N, class T> __device__ __forceinline__ void store_narrow(T* at, co
     }
 }
 
+// -- functions of one number -------------------------------------------------------------------
+
+// 2^x and 1 / x, each by one instruction, to some 2^-22 of the result; subnormal ones are 0. Those of
+// CUDA's library take nine and more, which a kernel that should keep up with memory does not have:
+// at an H200's 4.3 TB/s there are eight instructions for each byte.
+#ifdef __CUDACC__
+__device__ __forceinline__ float power_of_2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float inverse(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+#else
+inline float power_of_2(float x) { return emulator::without_subnormal(exp2f(x)); }
+inline float inverse(float x) {
+    return emulator::without_subnormal(1.0f / emulator::without_subnormal(x));
+}
+#endif
+__device__ __forceinline__ float exponential(float x) { return power_of_2(1.44269504f * x); }
+
 // -- one number from all threads of a row ------------------------------------------------------
 
 struct Add {
@@ -126,8 +150,9 @@ template <class Op, int N> __device__ __forceinline__ Values<N> over_warp(Values
 
 // Up to N sums or maxima over threadIdx.x, given to all of its threads, always in the same order.
 //
-// A row of one warp needs no barrier. A wider row takes the whole block, and one barrier each time:
-// two buffers in turn, so that a warp that runs ahead does not overwrite what another still reads.
+// A row is those threads of a block that have one threadIdx.y. One of one warp needs no barrier. All
+// others of a block come here together, and take one barrier each time: two buffers in turn, so that
+// a warp that runs ahead does not overwrite what another still reads.
 template <int N> class OverRow {
 public:
     __device__ __forceinline__ explicit OverRow(float* shared) : shared_(shared) {}
@@ -139,13 +164,14 @@ public:
         if (warps == 1) return x;
         float* buffer = shared_ + turn_ * N * MAX_WARPS;
         turn_ ^= 1;
+        const int first = threadIdx.y * warps;
         if (lane == 0)
 #pragma unroll
-            for (int i = 0; i < M; i++) buffer[i * MAX_WARPS + warp] = x.v[i];
+            for (int i = 0; i < M; i++) buffer[i * MAX_WARPS + first + warp] = x.v[i];
         __syncthreads();
 #pragma unroll
         for (int i = 0; i < M; i++)
-            x.v[i] = lane < warps ? buffer[i * MAX_WARPS + lane] : Op::nothing;
+            x.v[i] = lane < warps ? buffer[i * MAX_WARPS + first + lane] : Op::nothing;
         return over_warp<Op>(x);
     }
     template <int M> __device__ __forceinline__ Values<M> sum(Values<M> x) { return all<Add>(x); }
@@ -172,10 +198,15 @@ __device__ __forceinline__ float tile_sum(float x, float* tile, int rows) {
     return x;
 }
 
-// out[n] = the sum of shares[count, n], in one order.
-template <class T> __global__ void column_sum(T* out, const float* shares, int count, int n) {
+// outs.at[y][n] = the sum of shares[y, count, n], in one order; y is blockIdx.y.
+template <class T> struct Sums { T* at[2]; };
+
+template <class T>
+__global__ void column_sum(const Sums<T> outs, const float* shares, int count, int n) {
     SHARED(float, tile, TILE * TILE);
     const int column = blockIdx.x * TILE + threadIdx.x;
+    T* out = outs.at[blockIdx.y];
+    shares += int64_t(blockIdx.y) * count * n;
     float total = 0.0f;
     if (column < n)
         for (int i = threadIdx.y; i < count; i += TILE) total += shares[int64_t(i) * n + column];
@@ -224,11 +255,12 @@ constexpr int row_threads(int64_t n, int v, int k) {
     return int(ceil_div(ceil_div(n, int64_t(v) * k), WARP) * WARP);
 }
 
-// Launches column_sum, into a type of its own.
+// Launches column_sum for one result or, if there is a second, for both.
 template <class T>
-int sum_shares(void* out, const float* shares, int count, int64_t n, void* stream) {
-    return launch(column_sum<T>, dim3(ceil_div(n, TILE)), dim3(TILE, TILE), stream,
-                  static_cast<T*>(out), shares, count, int(n));
+int sum_shares(void* first, void* second, const float* shares, int count, int64_t n, void* stream) {
+    const Sums<T> outs = {{static_cast<T*>(first), static_cast<T*>(second)}};
+    return launch(column_sum<T>, dim3(ceil_div(n, TILE), second ? 2 : 1), dim3(TILE, TILE), stream,
+                  outs, shares, count, int(n));
 }
 
 }  // namespace megalite

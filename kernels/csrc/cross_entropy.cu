@@ -20,7 +20,8 @@ EXPORT int megalite_cross_entropy_forward(int dtype, float* top, float* sums, co
     return with_type(dtype, [&](auto zero) {
         using T = decltype(zero);
         constexpr int V = 16 / sizeof(T);
-        const CrossEntropyForward<T> a = {top, sums, static_cast<const T*>(x), label, rows, n, known};
+        const CrossEntropyForward<T> a = {top, sums, static_cast<const T*>(x), label, rows,
+                                          int(n), int(known)};
         const bool packs = n % V == 0 && aligned(16, x);
         auto* kernel = packs ? cross_entropy_forward<T, V> : cross_entropy_forward<T, 1>;
         return launch(kernel, dim3(rows), threads_for(n, packs ? V : 1), stream, a);
@@ -37,8 +38,8 @@ EXPORT int megalite_cross_entropy_backward(int dtype, void* x, const float* lse,
     return with_type(dtype, [&](auto zero) {
         using T = decltype(zero);
         constexpr int V = 16 / sizeof(T);
-        const CrossEntropyBackward<T> a = {static_cast<T*>(x), lse,        scale,     label, n, known,
-                                           vocabulary,         smoothing,  z};
+        const CrossEntropyBackward<T> a = {static_cast<T*>(x), lse,        scale,     label, int(n),
+                                           int(known),         vocabulary, smoothing, z};
         const bool packs = n % V == 0 && aligned(16, x);
         auto* kernel = packs ? cross_entropy_backward<T, V> : cross_entropy_backward<T, 1>;
         return launch(kernel, dim3(rows), threads_for(n, packs ? V : 1), stream, a);

@@ -26,37 +26,40 @@ struct Exponentials {
 #pragma unroll
         for (int i = 0; i < V; i++) higher = fmaxf(higher, x[i]);
         const float base = higher == -INFINITY ? 0.0f : higher;
-        total *= expf(top - base);
+        total *= exponential(top - base);
 #pragma unroll
-        for (int i = 0; i < V; i++) total += expf(x[i] - base);
+        for (int i = 0; i < V; i++) total += exponential(x[i] - base);
         top = higher;
     }
 };
 
 constexpr int CROSS_ENTROPY_THREADS = 512;
 
-// fn(column, x) of each pack of a row below `stop` that is this thread's; some of them are on their
-// way while one is worked on. ONCE: they will not be read again.
+// fn(column, x, whether all of x is known) of each pack of a row below `stop` that is this thread's;
+// some of them are on their way while one is worked on. ONCE: they will not be read again.
 template <bool ONCE, int V, class T, class Fn>
-__device__ __forceinline__ void each_pack(const T* row, int64_t stop, Fn fn) {
+__device__ __forceinline__ void each_pack(const T* row, int stop, int known, Fn fn) {
     constexpr int AHEAD = 4;
-    const int64_t step = int64_t(blockDim.x) * V;
-    for (int64_t at = int64_t(threadIdx.x) * V; at < stop; at += AHEAD * step) {
+    const int step = blockDim.x * V;
+    const auto some = [&](int at, bool all_known) {
         Pack<T, V> raw[AHEAD];
 #pragma unroll
         for (int k = 0; k < AHEAD; k++) {
-            const int64_t column = at + k * step;
-            if (column < stop)
+            const int column = at + k * step;
+            if (all_known || column < stop)
                 raw[k] = ONCE ? load_once<T, V>(row + column) : load<T, V>(row + column);
         }
 #pragma unroll
         for (int k = 0; k < AHEAD; k++)
-            if (at + k * step < stop) {
+            if (all_known || at + k * step < stop) {
                 float x[V];
                 raw[k].unpack(x);
-                fn(at + k * step, x);
+                fn(at + k * step, x, all_known);
             }
-    }
+    };
+    int at = threadIdx.x * V;
+    for (; at + (AHEAD - 1) * step + V <= known; at += AHEAD * step) some(at, true);
+    for (; at < stop; at += AHEAD * step) some(at, false);
 }
 
 template <class T> struct CrossEntropyForward {
@@ -64,7 +67,8 @@ template <class T> struct CrossEntropyForward {
     float* sums;    // [3, rows]: of exp(x - top), the label's logit or 0, of x
     const T* x;     // [rows, n]
     const int64_t* label;  // [rows], of this rank's columns; others are elsewhere
-    int64_t rows, n, known;
+    int64_t rows;
+    int n, known;
 };
 
 template <class T, int V>
@@ -75,18 +79,18 @@ __global__ void __launch_bounds__(CROSS_ENTROPY_THREADS)
     const int64_t row = blockIdx.x, start = row * a.n;
     Exponentials seen;
     float plain = 0.0f;
-    each_pack<false, V>(a.x + start, a.known, [&](int64_t column, float (&x)[V]) {
+    each_pack<false, V>(a.x + start, a.known, a.known, [&](int column, float (&x)[V], bool known) {
 #pragma unroll
         for (int i = 0; i < V; i++) {
-            const bool known = column + i < a.known;
-            plain += known ? x[i] : 0.0f;
-            x[i] = known ? x[i] : -INFINITY;
+            const bool counts = known || column + i < a.known;
+            plain += counts ? x[i] : 0.0f;
+            x[i] = counts ? x[i] : -INFINITY;
         }
         seen.add(x);
     });
     const float top = over_row.max(seen.top);
     const float shift = top == -INFINITY ? 0.0f : top;
-    const auto sums = over_row.sum(Values<2>{{seen.total * expf(seen.top - shift), plain}});
+    const auto sums = over_row.sum(Values<2>{{seen.total * exponential(seen.top - shift), plain}});
     if (threadIdx.x == 0) {
         const int64_t label = a.label[row];
         a.top[row] = top;
@@ -101,7 +105,8 @@ template <class T> struct CrossEntropyBackward {
     const float* lse;      // [rows]
     const float* scale;    // [rows]: the gradient of each row's loss
     const int64_t* label;  // as above
-    int64_t n, known, vocabulary;
+    int n, known;
+    int64_t vocabulary;
     float smoothing, z;
 };
 
@@ -112,17 +117,19 @@ __global__ void __launch_bounds__(CROSS_ENTROPY_THREADS)
     const int64_t row = gridDim.x - 1 - blockIdx.x, start = row * a.n;
     const float lse = a.lse[row], scale = a.scale[row];
     const float of_p = scale * (1.0f + 2.0f * a.z * lse), each = scale * a.smoothing / a.vocabulary;
-    const float at_label = scale * (1.0f - a.smoothing);
+    // A row whose loss counts for nothing has no gradient, whatever is in it.
+    const int stop = scale != 0.0f ? a.known : 0;
+    const auto dx = [&](float x) { return exponential(x - lse) * of_p - each; };
+    // The label's pack is written like all others; then its thread writes the label's number again.
     const int64_t label = a.label[row];
-    each_pack<true, V>(a.x + start, a.n, [&](int64_t column, float (&x)[V]) {
+    const bool mine = label >= 0 && label < stop && int(label) / V % int(blockDim.x) == int(threadIdx.x);
+    const float at_label = mine ? dx(wide(a.x[start + label])) - scale * (1.0f - a.smoothing) : 0.0f;
+    each_pack<true, V>(a.x + start, a.n, stop, [&](int column, float (&x)[V], bool known) {
 #pragma unroll
-        for (int i = 0; i < V; i++) {
-            const float dx = expf(x[i] - lse) * of_p - each - (column + i == label ? at_label : 0.0f);
-            // A row whose loss counts for nothing has no gradient, whatever is in it.
-            x[i] = column + i < a.known && scale != 0.0f ? dx : 0.0f;
-        }
+        for (int i = 0; i < V; i++) x[i] = known || column + i < stop ? dx(x[i]) : 0.0f;
         store_once<T, V>(a.x + start + column, Pack<T, V>::of(x));
     });
+    if (mine) a.x[start + label] = narrow<T>(at_label);
 }
 
 }  // namespace megalite

@@ -83,7 +83,7 @@ EXPORT int megalite_gelu_backward(int dtype, void* dx, void* dbias, float* share
                 if (int error = launch(kernel, shape.grid(count), shape.block, stream, map, shares,
                                        int(count), rows))
                     return error;
-            return sum_shares<T>(dbias, shares, int(count), n, stream);
+            return sum_shares<T>(dbias, nullptr, shares, int(count), n, stream);
         });
     });
 }

@@ -33,16 +33,29 @@ __global__ void __launch_bounds__(ELEMENTWISE_THREADS)
 
 // -- gates: y = x * gate(x) --------------------------------------------------------------------
 
-__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+__device__ __forceinline__ float sigmoid(float x) { return inverse(1.0f + exponential(-x)); }
 
 // A gate gives its value, and its slope where a gradient is wanted.
 struct NormalGate {  // GeLU: the normal distribution's share below x
     __device__ __forceinline__ static float of(float x) {
-        return 0.5f * (1.0f + erff(x * 0.70710678f));  // 1 / sqrt(2)
+        float slope;
+        return of(x, slope);
     }
+    // The share beyond |x| is its density times a polynomial in t = 1 / (1 + 0.28 |x|), the form of
+    // Hastings 1955. Fitted here to the least largest error, 2e-7 as computed: erff and expf, which
+    // need no density in common, take three times the instructions.
     __device__ __forceinline__ static float of(float x, float& slope) {
-        slope = 0.39894228f * expf(-0.5f * x * x);  // 1 / sqrt(2 pi)
-        return of(x);
+        const float t = inverse(1.0f + 0.28f * fabsf(x));
+        const float power = power_of_2(-0.72134752f * x * x);  // exp(-x^2 / 2)
+        float far = -0.107031435f;
+        far = far * t + 0.394921929f;
+        far = far * t - 0.245272502f;
+        far = far * t + 0.27565369f;
+        far = far * t + 0.0647694841f;
+        far = far * t + 0.11695879f;
+        far *= t * power;
+        slope = 0.39894228f * power;  // 1 / sqrt(2 pi)
+        return x < 0.0f ? far : 1.0f - far;
     }
 };
 struct TanhGate {  // its approximation, (1 + tanh(u)) / 2, which is sigmoid(2 u)

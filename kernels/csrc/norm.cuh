@@ -187,20 +187,47 @@ __device__ __forceinline__ void add_gradient(float (&dx)[V], const T* dsum) {
     for (int i = 0; i < V; i++) dx[i] = __fadd_rn(wide(narrow<T>(dx[i])), more[i]);
 }
 
-constexpr int MOST_BACKWARD_THREADS = 384;  // of 65,536 registers, with 160 each
+constexpr int MOST_BACKWARD_THREADS = 384;  // of 65,536 registers, with 168 each
 
-// A row of K * V elements a thread. While one row is worked on, the next one is on its way.
+// Adds what the rows of a block have of a share, in their order, and writes it: `mine` are the sums
+// of V columns from `column` on.
+template <int V>
+__device__ __forceinline__ void add_rows(float* share, float* shared, int column, int n,
+                                         const float (&mine)[V]) {
+    constexpr int SOME = 4;
+    const int wide = blockDim.x * V, first = column - threadIdx.x * V;
+    const int number = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
+    store_narrow<V>(shared + threadIdx.y * wide + threadIdx.x * V, mine);
+    __syncthreads();
+    for (int i = number * SOME; i < min(wide, n - first); i += threads * SOME) {
+        float total[SOME] = {};
+#pragma unroll 1
+        for (int y = 0; y < int(blockDim.y); y++) {
+            float one[SOME];
+            load_wide<SOME>(shared + y * wide + i, one);
+#pragma unroll
+            for (int j = 0; j < SOME; j++) total[j] += one[j];
+        }
+        store_narrow<SOME>(share + first + i, total);
+    }
+    __syncthreads();
+}
+
+// A row of K * V elements a thread, blockDim.y rows at once. While they are worked on, the next ones
+// are on their way.
 template <class T, int V, int K, bool ADD>
 __global__ void __launch_bounds__(MOST_BACKWARD_THREADS) norm_backward(const NormBackward<T> a) {
     SHARED(float, shared, OVER_ROW_FLOATS(2));
+    SHARED(float, rows, MOST_BACKWARD_THREADS * V);
     OverRow<2> over_row(shared);
-    const int64_t worker = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
-    const int64_t workers = int64_t(gridDim.x) * blockDim.y;
+    const int64_t first = int64_t(blockIdx.x) * blockDim.y;
+    const int64_t step = int64_t(gridDim.x) * blockDim.y;
     const auto column = [](int k) { return (k * int(blockDim.x) + int(threadIdx.x)) * V; };
     float dweight[K][V] = {}, dbias[K][V] = {};
     Pack<T, V> x[K], dy[K];
     float mean = 0.0f, rstd = 0.0f;
     const auto fetch = [&](int64_t row) {
+        if (row >= a.rows) return;
 #pragma unroll
         for (int k = 0; k < K; k++)
             if (column(k) < a.n) {
@@ -210,8 +237,11 @@ __global__ void __launch_bounds__(MOST_BACKWARD_THREADS) norm_backward(const Nor
         mean = a.mean != nullptr ? a.mean[row] : 0.0f;
         rstd = a.rstd[row];
     };
-    if (worker < a.rows) fetch(worker);
-    for (int64_t row = worker; row < a.rows; row += workers) {
+    fetch(first + threadIdx.y);
+    // All threads of a block come to `over_row` as often, those without a row of their own, too.
+    for (int64_t at = first; at < a.rows; at += step) {
+        const int64_t row = at + threadIdx.y;
+        const bool here = row < a.rows;
         const float row_mean = mean, row_rstd = rstd;
         Pack<T, V> row_x[K], row_dy[K];
         // The normalised row, the gradient of y, and that times the weight.
@@ -231,10 +261,10 @@ __global__ void __launch_bounds__(MOST_BACKWARD_THREADS) norm_backward(const Nor
             row_x[k] = x[k];
             row_dy[k] = dy[k];
         }
-        if (row + workers < a.rows) fetch(row + workers);
+        fetch(row + step);
 #pragma unroll
         for (int k = 0; k < K; k++)
-            if (column(k) < a.n) {
+            if (here && column(k) < a.n) {
                 float unit[V], along[V], g[V];
                 terms(k, unit, along, g);
 #pragma unroll
@@ -250,7 +280,7 @@ __global__ void __launch_bounds__(MOST_BACKWARD_THREADS) norm_backward(const Nor
         const float along_one = a.mean != nullptr ? sums.v[1] / a.n : 0.0f;
 #pragma unroll
         for (int k = 0; k < K; k++)
-            if (column(k) < a.n) {
+            if (here && column(k) < a.n) {
                 float unit[V], along[V], g[V];
                 terms(k, unit, along, g);
                 norm_dx(g, unit, row_rstd, along_unit, along_one);
@@ -258,13 +288,12 @@ __global__ void __launch_bounds__(MOST_BACKWARD_THREADS) norm_backward(const Nor
                 store_once<T, V>(a.dx + row * a.n + column(k), Pack<T, V>::of(g));
             }
     }
+    const int64_t share = int64_t(blockIdx.x) * a.n;
 #pragma unroll
-    for (int k = 0; k < K; k++)
-        if (column(k) < a.n) {
-            store_narrow<V>(a.dweight + worker * a.n + column(k), dweight[k]);
-            if (a.dbias != nullptr)
-                store_narrow<V>(a.dbias + worker * a.n + column(k), dbias[k]);
-        }
+    for (int k = 0; k < K; k++) {
+        add_rows<V>(a.dweight + share, rows, column(k), a.n, dweight[k]);
+        if (a.dbias != nullptr) add_rows<V>(a.dbias + share, rows, column(k), a.n, dbias[k]);
+    }
 }
 
 // Rows of any length: dx alone, a block for each row.

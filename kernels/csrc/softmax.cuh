@@ -52,12 +52,17 @@ constexpr int MOST_SOFTMAX_THREADS = 512;
 template <class T, int V, int K> class SoftmaxRow {
 public:
     __device__ __forceinline__ SoftmaxRow(const Softmax<T>& a, int64_t row) : a_(a) {
-        const int64_t query = row % a.seen.queries, batch = row / a.seen.queries / a.seen.heads;
-        const int64_t head = row / a.seen.queries % a.seen.heads;
+        const int query = int(row % a.seen.queries);
         x_ = a.x + row * a.seen.keys;
-        mask_ = a.mask.at != nullptr ? a.mask.row(batch, head, query) : nullptr;
-        bias_ = a.bias.at != nullptr ? a.bias.row(batch, head, query) : nullptr;
-        a.seen.span(int(query), from_, to_);
+        mask_ = nullptr;
+        bias_ = nullptr;
+        if (a.mask.at != nullptr || a.bias.at != nullptr) {
+            const int64_t batch = row / a.seen.queries / a.seen.heads;
+            const int64_t head = row / a.seen.queries % a.seen.heads;
+            if (a.mask.at != nullptr) mask_ = a.mask.row(batch, head, query);
+            if (a.bias.at != nullptr) bias_ = a.bias.row(batch, head, query);
+        }
+        a.seen.span(query, from_, to_);
         if constexpr (K > 0) {
             Pack<T, V> raw[K];
 #pragma unroll
@@ -68,19 +73,19 @@ public:
         }
     }
 
-    // use(column, V values), of every column.
+    // use(column, V values, whether any of them is seen), of every column.
     template <class Use> __device__ __forceinline__ void each(Use use) {
         if constexpr (K > 0) {
 #pragma unroll
             for (int k = 0; k < K; k++)
-                if (column(k) < a_.seen.keys) use(column(k), held_[k]);
+                if (column(k) < a_.seen.keys) use(column(k), held_[k], touches(column(k)));
         } else {
             for (int at = threadIdx.x * V; at < a_.seen.keys; at += blockDim.x * V) {
                 Pack<T, V> raw;
                 float v[V];
                 if (touches(at)) raw = load<T, V>(x_ + at);
                 values(at, raw, v);
-                use(at, v);
+                use(at, v, touches(at));
             }
         }
     }
@@ -95,7 +100,7 @@ private:
     __device__ __forceinline__ void values(int column, Pack<T, V> raw, float (&v)[V]) const {
         if (!touches(column)) {
 #pragma unroll
-            for (int i = 0; i < V; i++) v[i] = -INFINITY;
+            for (int i = 0; i < V; i++) v[i] = 0.0f;
             return;
         }
         raw.unpack(v);
@@ -113,9 +118,10 @@ private:
 #pragma unroll
             for (int i = 0; i < V; i++) v[i] = mask.seen[i] ? v[i] : -INFINITY;
         }
+        if (column < from_ || column + V > to_)
 #pragma unroll
-        for (int i = 0; i < V; i++)
-            v[i] = column + i >= from_ && column + i < to_ ? v[i] : -INFINITY;
+            for (int i = 0; i < V; i++)
+                v[i] = column + i >= from_ && column + i < to_ ? v[i] : -INFINITY;
     }
 
     const Softmax<T>& a_;
@@ -134,26 +140,31 @@ __global__ void __launch_bounds__(MOST_SOFTMAX_THREADS) softmax_forward(const So
     if (row >= a.rows) return;
     SoftmaxRow<T, V, K> values(a, row);
     float top = -INFINITY;
-    values.each([&](int, const float(&v)[V]) {
+    values.each([&](int, const float(&v)[V], bool seen) {
+        if (seen)
 #pragma unroll
-        for (int i = 0; i < V; i++) top = fmaxf(top, v[i]);
+            for (int i = 0; i < V; i++) top = fmaxf(top, v[i]);
     });
     top = over_row.max(top);
     top = top == -INFINITY ? 0.0f : top;  // nothing is seen: every weight is exp(-inf)
     float total = 0.0f;
-    values.each([&](int, float(&v)[V]) {
+    values.each([&](int, float(&v)[V], bool seen) {
+        if (seen)
 #pragma unroll
-        for (int i = 0; i < V; i++) {
-            const float weight = expf(v[i] - top);
-            if constexpr (K > 0) v[i] = weight;
-            total += weight;
-        }
+            for (int i = 0; i < V; i++) {
+                const float weight = exponential(v[i] - top);
+                if constexpr (K > 0) v[i] = weight;
+                total += weight;
+            }
     });
     total = over_row.sum(total);
     const float factor = total == 0.0f ? 0.0f : 1.0f / total;
-    values.each([&](int column, float(&v)[V]) {
+    values.each([&](int column, float(&v)[V], bool seen) {
+        if (K == 0 && seen)
 #pragma unroll
-        for (int i = 0; i < V; i++) v[i] = (K > 0 ? v[i] : expf(v[i] - top)) * factor;
+            for (int i = 0; i < V; i++) v[i] = exponential(v[i] - top);
+#pragma unroll
+        for (int i = 0; i < V; i++) v[i] *= factor;
         store_once<T, V>(a.y + row * a.seen.keys + column, Pack<T, V>::of(v));
     });
 }
@@ -224,7 +235,7 @@ __global__ void __launch_bounds__(MOST_SOFTMAX_THREADS)
     along = over_row.sum(along);
     each([&](int at, const float(&y)[V], float(&dy)[V]) {
 #pragma unroll
-        for (int i = 0; i < V; i++) dy[i] = y[i] == 0.0f ? 0.0f : a.scale * y[i] * (dy[i] - along);
+        for (int i = 0; i < V; i++) dy[i] = a.scale * y[i] * (dy[i] - along);
         store_once<T, V>(a.dx + start + at, Pack<T, V>::of(dy));
     });
 }

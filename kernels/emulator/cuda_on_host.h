@@ -87,6 +87,10 @@ inline float __logf(float x) { return std::log(x); }
 using std::max;
 using std::min;
 
+namespace emulator {
+inline float without_subnormal(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? 0.0f : x; }
+}  // namespace emulator
+
 // -- fibers ------------------------------------------------------------------------------------
 
 namespace emulator {

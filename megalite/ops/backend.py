@@ -16,8 +16,8 @@ from torch import Tensor
 from megalite.ops.apex import Apex
 from megalite.ops.library import BUILT, DTYPES, Library, NoKernels
 
-FIXED_BLOCKS = 264
-"""With --deterministic, whatever the GPU: two for each of an H100's processors."""
+FIXED_BLOCKS = 132
+"""With --deterministic, whatever the GPU: one for each of an H100's processors."""
 
 TYPES = {getattr(torch, name): number for name, number in DTYPES.items()}
 
@@ -85,12 +85,6 @@ def takes_alike(*tensors: Tensor | None) -> bool:
     return takes(*tensors) and len({t.dtype for t in tensors if t is not None}) == 1
 
 
-def ask(name: str, *args: int) -> int:
-    """A number from a function of the library that launches nothing."""
-    assert _Taken.library is not None
-    return _Taken.library.ask(name, *args)
-
-
 def launch(name: str, like: Tensor, *args: Any) -> None:
     """Call a function of the library on `like`'s device, on its current stream.
 
@@ -113,15 +107,10 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def aligned16(*tensors: Tensor | None) -> bool:
-    """Whether all of them start at a multiple of 16 bytes."""
-    return all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
-
-
 def blocks_to_fill(like: Tensor) -> int:
-    """Blocks for a kernel whose blocks stay: the order of a sum depends on their number."""
+    """Blocks of a kernel of which a processor holds one: a sum's order depends on their number."""
     if _Taken.fixed_blocks:
         return FIXED_BLOCKS
     if like.device.type != "cuda":
         return 4
-    return 2 * torch.cuda.get_device_properties(like.device).multi_processor_count
+    return torch.cuda.get_device_properties(like.device).multi_processor_count

@@ -106,7 +106,7 @@ def _backward_kernel(a: _Backward) -> tuple[Tensor, Tensor]:
     dy, (x, bias) = a.dy.contiguous(), _dense(a)
     dx, dbias = out = _backward_shapes(a)
     rows, f = _sizes(x)
-    count = min(-(-rows // ROWS_OF_A_SHARE), 4 * backend.blocks_to_fill(x))
+    count = min(-(-rows // ROWS_OF_A_SHARE), 8 * backend.blocks_to_fill(x))
     shares = None if bias is None else x.new_empty(count, f, dtype=torch.float32)
     results = dx, None if bias is None else dbias, shares
     backend.launch("gelu_backward", x, *results, dy, x, bias, int(a.tanh), rows, f, count)

@@ -22,11 +22,8 @@ _LETTERS = {"i": c_int, "l": c_int64, "f": c_float, "p": c_void_p}
 SIGNATURES = {
     # dtype, y sum mean rstd, x residual weight bias, in_fp32, rows n, eps, stream
     "norm_forward": "i pppp pppp i ll f p",
-    # dtype, n, blocks, aligned16
-    "norm_backward_shares": "i l l i",
-    # dtype, dx dweight dbias shares, dy x dsum weight, in_fp32, mean rstd, rows n blocks,
-    # aligned16, stream
-    "norm_backward": "i pppp pppp i pp lll i p",
+    # dtype, dx dweight dbias shares, dy x dsum weight, in_fp32, mean rstd, rows n count, stream
+    "norm_backward": "i pppp pppp i pp lll p",
     # dtype, y x, mask and its strides, bias and its, batch heads queries keys, causal window scale,
     # stream
     "softmax_forward": "i pp plll plll llll i l f p",
@@ -90,12 +87,8 @@ class Library:
         if function is None:
             function = self._functions[name] = getattr(self._lib, f"megalite_{name}")
             function.argtypes = [_LETTERS[letter] for letter in SIGNATURES[name].replace(" ", "")]
-            function.restype = c_int64 if name.endswith("shares") else c_int
+            function.restype = c_int
         return function
-
-    def ask(self, name: str, *args: Any) -> int:
-        """What a function that launches nothing answers."""
-        return self._function(name)(*args)
 
     def launch(self, name: str, *args: Any) -> None:
         """Call a function that launches kernels. Raises RuntimeError with the device's error."""

@@ -140,13 +140,12 @@ def _backward_kernel(a: _Backward) -> tuple[Tensor, ...]:
     dtotal = None if a.dtotal is None else a.dtotal.contiguous()
     h = x.shape[-1]
     dx, dweight, dbias = out = _backward_shapes(a)
-    blocks, packs = backend.blocks_to_fill(x), backend.aligned16(dx, dy, x, dtotal, a.weight)
-    count = backend.ask("norm_backward_shares", backend.TYPES[x.dtype], h, blocks, packs)
+    count = backend.blocks_to_fill(x)
     shares = x.new_empty(1 + a.has_bias, count, h, dtype=torch.float32)
     results = (dx, dweight, dbias if a.has_bias else None, shares)
     weight = (a.weight, int(a.weight.dtype == torch.float32))
     statistics = (a.mean if len(a.mean) else None, a.rstd)
-    sizes = (len(a.rstd), h, blocks, int(packs))
+    sizes = (len(a.rstd), h, count)
     backend.launch("norm_backward", x, *results, dy, x, dtotal, *weight, *statistics, *sizes)
     return out
 
