@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
@@ -53,9 +54,18 @@ template <class T, int N> struct Pack {
     Raw raw;
 
     __device__ __forceinline__ void unpack(float (&out)[N]) const {
-        union { Raw word; T element[N]; } both = {raw};
+        if constexpr (std::is_same_v<T, bf16> && N > 1) {  // the upper half of a float32
+            union { Raw word; uint32_t pair[N / 2]; } both = {raw};
 #pragma unroll
-        for (int i = 0; i < N; i++) out[i] = wide(both.element[i]);
+            for (int i = 0; i < N / 2; i++) {
+                out[2 * i] = __uint_as_float(both.pair[i] << 16);
+                out[2 * i + 1] = __uint_as_float(both.pair[i] & 0xffff0000u);
+            }
+        } else {
+            union { Raw word; T element[N]; } both = {raw};
+#pragma unroll
+            for (int i = 0; i < N; i++) out[i] = wide(both.element[i]);
+        }
     }
 
     __device__ __forceinline__ static Pack of(const float (&in)[N]) {

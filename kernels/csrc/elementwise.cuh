@@ -245,8 +245,8 @@ __device__ __forceinline__ uint64_t mix(uint64_t x) {
     return x ^ (x >> 31);
 }
 
-// An element has a name, that of its row and its column, and is kept where the name's upper 53 bits
-// are at least `least`. Backward is the same map of dy: the mask is made again, never stored.
+// An element has a name, that of its row and its column, and is kept where the name's hash is at
+// least `least`. Backward is the same map of dy: the mask is made again, never stored.
 template <class T> struct Dropout {
     using Element = T;
     T* y;
@@ -263,7 +263,7 @@ template <class T> struct Dropout {
         load_once<T, V>(x + row * n + column).unpack(v);
 #pragma unroll
         for (int i = 0; i < V; i++)
-            v[i] = mix(name ^ uint64_t(column + i)) >> 11 >= least ? v[i] * factor : 0.0f;
+            v[i] = mix(name ^ uint32_t(column + i)) >= least ? v[i] * factor : 0.0f;
         if (residual != nullptr) {
             float more[V];
             load_once<T, V>(residual + row * n + column).unpack(more);

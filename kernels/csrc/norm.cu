@@ -61,6 +61,7 @@ EXPORT int megalite_norm_forward(int dtype, void* y, void* sum, float* mean, flo
                                   {weight, bias, in_fp32 != 0},
                                   rows,
                                   int(n),
+                                  1.0f / n,
                                   eps};
         return residual ? forward<T, true>(a, stream) : forward<T, false>(a, stream);
     });
@@ -87,7 +88,8 @@ EXPORT int megalite_norm_backward(int dtype, void* dx, void* dweight, void* dbia
                                    mean,
                                    rstd,
                                    rows,
-                                   int(n)};
+                                   int(n),
+                                   1.0f / n};
         if (rows > 0) {
             const int error = dsum ? backward<T, true>(a, int(count), stream)
                                    : backward<T, false>(a, int(count), stream);

@@ -111,6 +111,7 @@ template <class T> struct NormForward {
     Affine affine;
     int64_t rows;
     int n;
+    float part;  // 1 / n
     float eps;
 };
 
@@ -133,14 +134,14 @@ __global__ void __launch_bounds__(MOST_FORWARD_THREADS) norm_forward(const NormF
 #pragma unroll
             for (int i = 0; i < V; i++) total += v[i];
         });
-        mean = over_row.sum(total) / a.n;
+        mean = over_row.sum(total) * a.part;
     }
     float squares = 0.0f;
     x.each([&](int, const float(&v)[V]) {
 #pragma unroll
         for (int i = 0; i < V; i++) squares += (v[i] - mean) * (v[i] - mean);
     });
-    const float rstd = rsqrtf(over_row.sum(squares) / a.n + a.eps);
+    const float rstd = rsqrtf(over_row.sum(squares) * a.part + a.eps);
     x.each([&](int column, float(&v)[V]) {
         float weight[V], bias[V] = {};
         a.affine.template load<V, T>(a.affine.weight, column, weight);
@@ -167,6 +168,7 @@ template <class T> struct NormBackward {
     const float* rstd;
     int64_t rows;
     int n;
+    float part;  // 1 / n
 };
 
 // d loss / d x of V elements from the row's two means.
@@ -183,8 +185,9 @@ template <class T, int V>
 __device__ __forceinline__ void add_gradient(float (&dx)[V], const T* dsum) {
     float more[V];
     load_once<T, V>(dsum).unpack(more);
+    Pack<T, V>::of(dx).unpack(dx);
 #pragma unroll
-    for (int i = 0; i < V; i++) dx[i] = __fadd_rn(wide(narrow<T>(dx[i])), more[i]);
+    for (int i = 0; i < V; i++) dx[i] = __fadd_rn(dx[i], more[i]);
 }
 
 constexpr int MOST_BACKWARD_THREADS = 384;  // of 65,536 registers, with 168 each
@@ -276,7 +279,7 @@ __global__ void __launch_bounds__(MOST_BACKWARD_THREADS) norm_backward(const Nor
                 }
             }
         sums = over_row.sum(sums);
-        const float along_unit = sums.v[0] / a.n;
+        const float along_unit = sums.v[0] * a.part;
         const float along_one = a.mean != nullptr ? sums.v[1] / a.n : 0.0f;
 #pragma unroll
         for (int k = 0; k < K; k++)
@@ -325,7 +328,7 @@ template <class T, int V, bool ADD> __global__ void norm_backward_rows(const Nor
         }
     });
     along = over_row.sum(along);
-    const float along_unit = along.v[0] / a.n;
+    const float along_unit = along.v[0] * a.part;
     const float along_one = a.mean != nullptr ? along.v[1] / a.n : 0.0f;
     each([&](int column, float(&g)[V], const float(&unit)[V]) {
         norm_dx(g, unit, rstd, along_unit, along_one);

@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(MOST_SOFTMAX_THREADS)
     a.seen.span(int(row % a.seen.queries), from, to);
     const auto column = [](int k) { return (k * int(blockDim.x) + int(threadIdx.x)) * V; };
     const auto touches = [&](int at) { return at < to && at + V > from; };
-    Pack<T, V> raw_y[K > 0 ? K : 1], raw_dy[K > 0 ? K : 1];
+    Pack<T, V> raw_y[K > 0 ? K : 1] = {}, raw_dy[K > 0 ? K : 1] = {};
     if constexpr (K > 0) {
 #pragma unroll
         for (int k = 0; k < K; k++)
@@ -202,11 +202,9 @@ __global__ void __launch_bounds__(MOST_SOFTMAX_THREADS)
     }
     // use(column, y, dy) of every column; zeros of those that are not seen.
     const auto one = [&](int at, Pack<T, V> y_pack, Pack<T, V> dy_pack, auto use) {
-        float y[V] = {}, dy[V] = {};
-        if (touches(at)) {
-            y_pack.unpack(y);
-            dy_pack.unpack(dy);
-        }
+        float y[V], dy[V];
+        y_pack.unpack(y);
+        dy_pack.unpack(dy);
 #pragma unroll
         for (int i = 0; i < V; i++) dy[i] = y[i] == 0.0f ? 0.0f : dy[i];
         use(at, y, dy);
@@ -218,7 +216,7 @@ __global__ void __launch_bounds__(MOST_SOFTMAX_THREADS)
                 if (column(k) < a.seen.keys) one(column(k), raw_y[k], raw_dy[k], use);
         } else {
             for (int at = threadIdx.x * V; at < a.seen.keys; at += blockDim.x * V) {
-                Pack<T, V> y, dy;
+                Pack<T, V> y = {}, dy = {};
                 if (touches(at)) {
                     y = load<T, V>(a.y + start + at);
                     dy = load<T, V>(a.dy + start + at);

@@ -53,12 +53,12 @@ struct alignas(16) uint4 { uint32_t x, y, z, w; };
 struct __nv_bfloat16 { uint16_t bits; };
 struct __half { uint16_t bits; };
 
-inline float __bfloat162float(__nv_bfloat16 x) {
-    uint32_t word = uint32_t(x.bits) << 16;
+inline float __uint_as_float(uint32_t word) {
     float out;
     std::memcpy(&out, &word, 4);
     return out;
 }
+inline float __bfloat162float(__nv_bfloat16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
 inline __nv_bfloat16 __float2bfloat16_rn(float x) {  // to nearest, ties to even
     uint32_t word;
     std::memcpy(&word, &x, 4);
