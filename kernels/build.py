@@ -7,8 +7,8 @@
 
 The first goes beside megalite/ops/library.py, where a run finds it, and needs nvcc of CUDA 12.8 or
 later; no GPU. It fails if a kernel's registers spill, and, where cuobjdump and nvdisasm are there,
-if one that moves packs does not do so 16 bytes at a time. With --emulated it goes to build/, and
-needs a C++17 compiler.
+if one that moves packs does not do so 16 bytes at a time, or computes for longer than that takes.
+With --emulated it goes to build/, and needs a C++17 compiler.
 """
 
 from __future__ import annotations
@@ -38,6 +38,13 @@ ONE_A_ROW = ("cross_entropy_forward",)
 MOST_NARROW = {"LDG": 6, "STG": 4}
 """Narrower accesses that a kernel of packs may have: a row's statistics, its label or mask, the
 last few numbers of a range. A row that is moved in halves would have more."""
+MOST_INSTRUCTIONS = 124
+"""For each access of 16 bytes, those of rare cases counted, too. An H200's 132 processors issue 128
+threads' instructions each at 1.98 GHz: eight for each byte of its 4.3 TB/s. A kernel of more would
+compute for longer than it moves."""
+ANY = ("", 0)
+MORE_INSTRUCTIONS = {"Dropout": "64 bits are hashed for each number", "Li0E": "rows are read twice"}
+"""Kernels that may have more, and why."""
 
 
 class BuildFailed(Exception):
@@ -102,7 +109,8 @@ def build(
 
 def check_machine_code(library: Path, architecture: str) -> int:
     """How many kernels of a built library move packs. Raises BuildFailed for those that do it by
-    other accesses than of 16 bytes, and without the programs that it takes to see that.
+    other accesses than of 16 bytes, or with too many instructions; and without the programs that it
+    takes to see that.
     """
     cuobjdump, nvdisasm = disassemblers()
     path = os.pathsep.join([str(Path(nvdisasm).parent), os.environ.get("PATH", "")])
@@ -124,19 +132,22 @@ def moves_packs(kernel: str) -> bool:
 
 
 def accesses(sass: str) -> dict[str, Counter[tuple[str, int]]]:
-    """Of each kernel, how many instructions load (LDG) or store (STG) how many bits."""
+    """Of each kernel, how many instructions load (LDG) or store (STG) how many bits; and ANY."""
     found: dict[str, Counter[tuple[str, int]]] = {}
     for line in sass.splitlines():
         if name := re.search(r"Function : (\S+)", line):
             counts = found.setdefault(name[1], Counter())
-        elif access := re.search(r"\b(LDG|STG)((?:\.\w+)*)", line):
+            continue
+        if re.match(r"\s+/\*[0-9a-f]+\*/\s+(?!NOP)\S.*;", line):
+            counts[ANY] += 1
+        if access := re.search(r"\b(LDG|STG)((?:\.\w+)*)", line):
             bits = re.search(r"\.[US]?(8|16|64|128)\b", access[2])
             counts[access[1], int(bits[1]) if bits else 32] += 1
     return found
 
 
 def faults_of(kernel: str, found: Counter[tuple[str, int]]) -> Iterator[str]:
-    """What is wrong with the accesses of a kernel that moves packs."""
+    """What is wrong with a kernel that moves packs: its accesses, or too much beside them."""
     for kind, most in MOST_NARROW.items():
         narrow = sum(n for (of, bits), n in found.items() if of == kind and bits < 128)
         if narrow > most:
@@ -144,6 +155,10 @@ def faults_of(kernel: str, found: Counter[tuple[str, int]]) -> Iterator[str]:
         writes_none = kind == "STG" and any(name in kernel for name in ONE_A_ROW)
         if not found[kind, 128] and not writes_none:
             yield f"{kernel} has no {kind} of 128 bits"
+    packs = found["LDG", 128] + found["STG", 128]
+    may_have_more = any(part in kernel for part in MORE_INSTRUCTIONS)
+    if packs and found[ANY] > MOST_INSTRUCTIONS * packs and not may_have_more:
+        yield f"{kernel} has {found[ANY] // packs} instructions for each access of 16 bytes"
 
 
 def build_emulated(out: Path, *, sanitize: bool = False, sources: Path = SOURCES) -> None:
@@ -198,7 +213,7 @@ def _build_and_look(out: Path, built: tuple[str, ...], args: argparse.Namespace)
         return
     seen = "90" if "90" in built else built[0]
     packed = check_machine_code(out, seen)
-    print(f"{packed} of those for sm_{seen} move packs, by accesses of 16 bytes")
+    print(f"{packed} of those for sm_{seen} move packs, by accesses of 16 bytes and little beside")
 
 
 def main() -> int:

@@ -137,6 +137,22 @@ inline float inverse(float x) {
 #endif
 __device__ __forceinline__ float exponential(float x) { return power_of_2(1.44269504f * x); }
 
+// A maximum so far, and the sum of exp(x - maximum): numbers are added in any order.
+struct Exponentials {
+    float top = -INFINITY, total = 0.0f;
+
+    template <int V> __device__ __forceinline__ void add(const float (&x)[V]) {
+        float higher = top;
+#pragma unroll
+        for (int i = 0; i < V; i++) higher = fmaxf(higher, x[i]);
+        const float base = higher == -INFINITY ? 0.0f : higher;
+        total *= exponential(top - base);
+#pragma unroll
+        for (int i = 0; i < V; i++) total += exponential(x[i] - base);
+        top = higher;
+    }
+};
+
 // -- one number from all threads of a row ------------------------------------------------------
 
 struct Add {

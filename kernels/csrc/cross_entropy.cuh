@@ -17,22 +17,6 @@
 
 namespace megalite {
 
-// A maximum so far, and the sum of exp(x - maximum): numbers are added in any order.
-struct Exponentials {
-    float top = -INFINITY, total = 0.0f;
-
-    template <int V> __device__ __forceinline__ void add(const float (&x)[V]) {
-        float higher = top;
-#pragma unroll
-        for (int i = 0; i < V; i++) higher = fmaxf(higher, x[i]);
-        const float base = higher == -INFINITY ? 0.0f : higher;
-        total *= exponential(top - base);
-#pragma unroll
-        for (int i = 0; i < V; i++) total += exponential(x[i] - base);
-        top = higher;
-    }
-};
-
 constexpr int CROSS_ENTROPY_THREADS = 512;
 
 // fn(column, x, whether all of x is known) of each pack of a row below `stop` that is this thread's;

@@ -139,24 +139,22 @@ __global__ void __launch_bounds__(MOST_SOFTMAX_THREADS) softmax_forward(const So
     const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
     if (row >= a.rows) return;
     SoftmaxRow<T, V, K> values(a, row);
-    float top = -INFINITY;
+    Exponentials row_so_far;  // where the row is held, of its maximum alone
     values.each([&](int, const float(&v)[V], bool seen) {
-        if (seen)
+        if (!seen) return;
+        if constexpr (K == 0) return row_so_far.add(v);
 #pragma unroll
-            for (int i = 0; i < V; i++) top = fmaxf(top, v[i]);
+        for (int i = 0; i < V; i++) row_so_far.top = fmaxf(row_so_far.top, v[i]);
     });
-    top = over_row.max(top);
+    float top = over_row.max(row_so_far.top);
     top = top == -INFINITY ? 0.0f : top;  // nothing is seen: every weight is exp(-inf)
-    float total = 0.0f;
-    values.each([&](int, float(&v)[V], bool seen) {
-        if (seen)
+    float total = K > 0 ? 0.0f : row_so_far.total * exponential(row_so_far.top - top);
+    if constexpr (K > 0)
+        values.each([&](int, float(&v)[V], bool seen) {
+            if (!seen) return;
 #pragma unroll
-            for (int i = 0; i < V; i++) {
-                const float weight = exponential(v[i] - top);
-                if constexpr (K > 0) v[i] = weight;
-                total += weight;
-            }
-    });
+            for (int i = 0; i < V; i++) total += v[i] = exponential(v[i] - top);
+        });
     total = over_row.sum(total);
     const float factor = total == 0.0f ? 0.0f : 1.0f / total;
     values.each([&](int column, float(&v)[V], bool seen) {

@@ -64,7 +64,7 @@ def test_packs_that_are_moved_in_parts_are_found(tmp_path):
 
 
 def test_accesses_are_counted_by_width():
-    counts = {("LDG", 128): 1, ("LDG", 32): 1, ("STG", 128): 1, ("STG", 16): 1}
+    counts = {("LDG", 128): 1, ("LDG", 32): 1, ("STG", 128): 1, ("STG", 16): 1, build.ANY: 5}
     assert build.accesses(ONE) == {PACKS: counts}
     assert build.moves_packs(PACKS) and not build.moves_packs(PACKS.replace("Li8E", "Li1E"))
 
@@ -75,3 +75,28 @@ def test_halves_beside_whole_packs_are_found():
     rows = ONE + "  LDG.E.64 R4, [R2] ;\n" * 8
     found = list(build.faults_of(PACKS, build.accesses(rows)[PACKS]))
     assert found == [f"{PACKS} has 9 LDG of less than 128 bits"]
+
+
+def test_more_instructions_than_can_be_issued_meanwhile_are_found():
+    """Two accesses of 16 bytes leave time for so many; a kernel with a reason may have more."""
+    most = 2 * build.MOST_INSTRUCTIONS
+    for kernel, more, wrong in ((PACKS, 0, False), (PACKS, 1, True), (f"{PACKS}Dropout", 1, False)):
+        code = ONE + "        /*0200*/  FADD R4, R4, R5 ;\n" * (most - 5 + more)
+        code += "        /*0300*/  NOP ;\n" * 9
+        found = list(build.faults_of(kernel, build.accesses(code)[PACKS]))
+        assert found == [f"{kernel} has 124 instructions for each access of 16 bytes"] * wrong
+
+
+def test_a_function_of_the_library_in_place_of_one_instruction_is_found(tmp_path):
+    needs(build.nvcc)
+    needs(build.disassemblers)
+    for name in ("common.cuh", "cross_entropy.cuh", "cross_entropy.cu"):
+        shutil.copy(SOURCES / name, tmp_path)
+    text = (tmp_path / "common.cuh").read_text()
+    quick = "power_of_2(1.44269504f * x)"
+    assert quick in text
+    (tmp_path / "common.cuh").write_text(text.replace(quick, "expf(x)"))
+    out = tmp_path / "kernels.so"
+    build.build(out, architectures=("90",), sources=tmp_path)
+    with pytest.raises(build.BuildFailed, match="cross_entropy_forward.* instructions for each"):
+        build.check_machine_code(out, "90")
