@@ -142,9 +142,11 @@ __global__ void __launch_bounds__(MOST_SOFTMAX_THREADS) softmax_forward(const So
     Exponentials row_so_far;  // where the row is held, of its maximum alone
     values.each([&](int, const float(&v)[V], bool seen) {
         if (!seen) return;
-        if constexpr (K == 0) return row_so_far.add(v);
+        if constexpr (K == 0)
+            row_so_far.add(v);
+        else
 #pragma unroll
-        for (int i = 0; i < V; i++) row_so_far.top = fmaxf(row_so_far.top, v[i]);
+            for (int i = 0; i < V; i++) row_so_far.top = fmaxf(row_so_far.top, v[i]);
     });
     float top = over_row.max(row_so_far.top);
     top = top == -INFINITY ? 0.0f : top;  // nothing is seen: every weight is exp(-inf)
