@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from megalite.ops import backend
 from megalite.ops.library import BUILT
-from tests.kernels.conftest import Counting
+from tests.kernels.conftest import Counting, run_by
 
 NAMES = ("arange", "empty", "full", "ones", "rand", "randint", "randn", "tensor", "zeros")
 MADE = {getattr(torch, name) for name in NAMES}
@@ -40,8 +39,5 @@ def built_library(a_gpu):
 @pytest.fixture
 def emulated(built_library):
     """The name that the emulator's tests ask for: here ops run on the GPU."""
-    before = backend.use_library(built_library)
-    built_library.count = 0
-    with MadeOnGPU():
-        yield built_library
-    backend.use_library(before)
+    with run_by(built_library) as library, MadeOnGPU():
+        yield library

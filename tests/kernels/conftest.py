@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -51,10 +52,17 @@ def emulated_library(a_compiler):
     return Counting(out)
 
 
+@contextmanager
+def run_by(library):
+    """Ops are this library's, which counts from none."""
+    before = backend.use_library(library)
+    library.names = ()
+    yield library
+    backend.use_library(before)
+
+
 @pytest.fixture
 def emulated(emulated_library):
     """Ops of CPU tensors run the CUDA bodies."""
-    before = backend.use_library(emulated_library)
-    emulated_library.names = ()
-    yield emulated_library
-    backend.use_library(before)
+    with run_by(emulated_library) as library:
+        yield library
