@@ -32,6 +32,8 @@ def be_deterministic(device: torch.device) -> None:
     # An op that has no such algorithm raises; attention's backward takes the one that does not add
     # by atomics. cuDNN's attention has none.
     torch.use_deterministic_algorithms(True)
+    # By itself that also writes NaN to all memory that is taken: a pass over every result.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False

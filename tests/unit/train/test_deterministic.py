@@ -23,6 +23,7 @@ def told(monkeypatch):
     before = cudnn.deterministic, cudnn.benchmark, torch.backends.cuda.cudnn_sdp_enabled()
     yield
     torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
     cudnn.deterministic, cudnn.benchmark = before[:2]
     torch.backends.cuda.enable_cudnn_sdp(before[2])
 
@@ -30,6 +31,7 @@ def told(monkeypatch):
 def test_a_gpu_s_libraries_are_told(told):
     be_deterministic(CUDA)
     assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.utils.deterministic.fill_uninitialized_memory
     assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
     assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert os.environ[WORKSPACE] == ":4096:8"
