@@ -42,9 +42,13 @@ MOST_INSTRUCTIONS = 124
 """For each access of 16 bytes, those of rare cases counted, too. An H200's 132 processors issue 128
 threads' instructions each at 1.98 GHz: eight for each byte of its 4.3 TB/s. A kernel of more would
 compute for longer than it moves."""
+MORE_INSTRUCTIONS = {
+    "Dropout": "64 bits are hashed for each number",
+    "Li0E": "K is 0: rows too long for registers are read again",
+}
+"""Parts of the names of kernels that may have more, and why."""
 ANY = ("", 0)
-MORE_INSTRUCTIONS = {"Dropout": "64 bits are hashed for each number", "Li0E": "rows are read twice"}
-"""Kernels that may have more, and why."""
+"""Where a kernel's instructions of all kinds are counted, beside its accesses."""
 
 
 class BuildFailed(Exception):

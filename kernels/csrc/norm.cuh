@@ -280,7 +280,7 @@ __global__ void __launch_bounds__(MOST_BACKWARD_THREADS) norm_backward(const Nor
             }
         sums = over_row.sum(sums);
         const float along_unit = sums.v[0] * a.part;
-        const float along_one = a.mean != nullptr ? sums.v[1] / a.n : 0.0f;
+        const float along_one = a.mean != nullptr ? sums.v[1] * a.part : 0.0f;
 #pragma unroll
         for (int k = 0; k < K; k++)
             if (here && column(k) < a.n) {
@@ -329,7 +329,7 @@ template <class T, int V, bool ADD> __global__ void norm_backward_rows(const Nor
     });
     along = over_row.sum(along);
     const float along_unit = along.v[0] * a.part;
-    const float along_one = a.mean != nullptr ? along.v[1] / a.n : 0.0f;
+    const float along_one = a.mean != nullptr ? along.v[1] * a.part : 0.0f;
     each([&](int column, float(&g)[V], const float(&unit)[V]) {
         norm_dx(g, unit, rstd, along_unit, along_one);
         if constexpr (ADD) add_gradient<T>(g, a.dsum + at + column);

@@ -54,8 +54,6 @@ public:
     __device__ __forceinline__ SoftmaxRow(const Softmax<T>& a, int64_t row) : a_(a) {
         const int query = int(row % a.seen.queries);
         x_ = a.x + row * a.seen.keys;
-        mask_ = nullptr;
-        bias_ = nullptr;
         if (a.mask.at != nullptr || a.bias.at != nullptr) {
             const int64_t batch = row / a.seen.queries / a.seen.heads;
             const int64_t head = row / a.seen.queries % a.seen.heads;
@@ -126,8 +124,8 @@ private:
 
     const Softmax<T>& a_;
     const T* x_;
-    const uint8_t* mask_;
-    const T* bias_;
+    const uint8_t* mask_ = nullptr;
+    const T* bias_ = nullptr;
     int from_, to_;
     float held_[K > 0 ? K : 1][V];
 };

@@ -82,18 +82,14 @@ template <class T> T __ldg(const T* at) { return *at; }
 template <class T> void __stcs(T* at, T x) { *at = x; }
 inline float __fadd_rn(float a, float b) { return a + b; }  // never part of an fma
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
-inline float __expf(float x) { return std::exp(x); }
-inline float __logf(float x) { return std::log(x); }
 using std::max;
 using std::min;
-
-namespace emulator {
-inline float without_subnormal(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? 0.0f : x; }
-}  // namespace emulator
 
 // -- fibers ------------------------------------------------------------------------------------
 
 namespace emulator {
+
+inline float without_subnormal(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? 0.0f : x; }
 
 constexpr int WARP = 32;
 constexpr size_t SHARED_BYTES = size_t(227) << 10;

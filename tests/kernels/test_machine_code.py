@@ -49,16 +49,22 @@ def test_packs_are_moved_by_accesses_of_16_bytes(built):
     assert build.check_machine_code(built[0], "90") > 50
 
 
-def test_packs_that_are_moved_in_parts_are_found(tmp_path):
+def built_with(folder, unit, right, wrong):
+    """A library of one unit, in whose common.cuh `wrong` stands in place of `right`."""
     needs(build.nvcc)
     needs(build.disassemblers)
-    for name in ("common.cuh", "adamw.cuh", "adamw.cu"):
-        shutil.copy(SOURCES / name, tmp_path)
-    text = (tmp_path / "common.cuh").read_text()
-    assert WIDE in text
-    (tmp_path / "common.cuh").write_text(text.replace(WIDE, NARROW))
-    out = tmp_path / "kernels.so"
-    build.build(out, architectures=("90",), sources=tmp_path)
+    for name in ("common.cuh", f"{unit}.cuh", f"{unit}.cu"):
+        shutil.copy(SOURCES / name, folder)
+    text = (folder / "common.cuh").read_text()
+    assert right in text
+    (folder / "common.cuh").write_text(text.replace(right, wrong))
+    out = folder / "kernels.so"
+    build.build(out, architectures=("90",), sources=folder)
+    return out
+
+
+def test_packs_that_are_moved_in_parts_are_found(tmp_path):
+    out = built_with(tmp_path, "adamw", WIDE, NARROW)
     with pytest.raises(build.BuildFailed, match=f"{PACKS} has no LDG of 128 bits"):
         build.check_machine_code(out, "90")
 
@@ -88,15 +94,6 @@ def test_more_instructions_than_can_be_issued_meanwhile_are_found():
 
 
 def test_a_function_of_the_library_in_place_of_one_instruction_is_found(tmp_path):
-    needs(build.nvcc)
-    needs(build.disassemblers)
-    for name in ("common.cuh", "cross_entropy.cuh", "cross_entropy.cu"):
-        shutil.copy(SOURCES / name, tmp_path)
-    text = (tmp_path / "common.cuh").read_text()
-    quick = "power_of_2(1.44269504f * x)"
-    assert quick in text
-    (tmp_path / "common.cuh").write_text(text.replace(quick, "expf(x)"))
-    out = tmp_path / "kernels.so"
-    build.build(out, architectures=("90",), sources=tmp_path)
+    out = built_with(tmp_path, "cross_entropy", "power_of_2(1.44269504f * x)", "expf(x)")
     with pytest.raises(build.BuildFailed, match="cross_entropy_forward.* instructions for each"):
         build.check_machine_code(out, "90")
