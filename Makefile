@@ -75,5 +75,5 @@ docs: .venv-docs/stamp ## the guide as HTML and PDF, with pictures of runs/demo,
 	.venv-docs/bin/python tools/build_docs.py $(ARGS)
 
 clean: ## removes caches and build products; keeps runs/ and the environments
-	rm -rf build megalite.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf build megalite/ops/built megalite.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find megalite tests tools examples -type d -name __pycache__ -prune -exec rm -rf {} +

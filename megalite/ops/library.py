@@ -1,7 +1,7 @@
 """The built CUDA kernels as C functions: found, checked against their sources, and called.
 
-`make kernels` puts the library beside this file. It knows nothing of torch or Python, so one build
-serves every version of both; nothing here imports torch either. Next: backend.py.
+`make kernels` puts the library into built/ beside this file. It knows nothing of torch or Python,
+so one build serves every version of both; nothing here imports torch either. Next: backend.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
-BUILT = Path(__file__).with_name("libmegalite_kernels.so")
+BUILT = Path(__file__).parent / "built" / "libmegalite_kernels.so"
+"""Not among modules: Python would take any .so there for one, and try to import it."""
 SOURCES = Path(__file__).resolve().parents[2] / "kernels" / "csrc"
 
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}

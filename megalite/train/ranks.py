@@ -88,7 +88,7 @@ class Ranks:
             start_new_session=True,
         )
         if "error" in (ready := self.read(START_SECONDS)):
-            raise RunError(f"the process that ranks are forked from:\n{ready['error']}")
+            raise RunError(f"the process that ranks are forked from raised\n{ready['error']}")
 
     def read(self, seconds: float) -> dict:
         """The next line that the warm process writes within `seconds`."""
@@ -122,8 +122,10 @@ class Ranks:
 
 
 def last_words(text: str) -> str:
-    """Of the ranks' tracebacks the first one's last line, with its rank."""
+    """Of the first traceback the last line, with the rank, or the process, that raised."""
     said = re.search(
-        r"^(rank \d+) raised\nTraceback.*?^([A-Za-z_][\w.]*(?::.*)?)$", text, re.S | re.M
+        r"^(rank \d+|the process .*?) raised\nTraceback.*?^([A-Za-z_][\w.]*(?::.*)?)$",
+        text,
+        re.S | re.M,
     )
     return f"{said[1]}: {said[2]}" if said else "; ".join(text.splitlines()[:2])

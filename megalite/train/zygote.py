@@ -55,7 +55,11 @@ class NoTensorOps(TorchDispatchMode):
 
 
 def import_everything(name: str) -> None:
-    """Import LATE, and each module of a package; one that cannot be, or computes, is an error."""
+    """Import LATE, and each module of a package; one that cannot be, or computes, is an error.
+
+    But what needs a package of others that is not installed here is left to the rank that asks for
+    it: a machine that only trains may have nothing to serve pages with.
+    """
     with NoTensorOps():
         for late in LATE:
             importlib.import_module(late)
@@ -63,8 +67,13 @@ def import_everything(name: str) -> None:
         # A package is handed out before walk_packages, which hides errors, imports it itself.
         for module in pkgutil.walk_packages(package.__path__, f"{name}."):
             # __main__ imports the rest inside its functions, and is not made to be imported.
-            if not module.name.endswith("__main__"):
+            if module.name.endswith("__main__"):
+                continue
+            try:
                 importlib.import_module(module.name)
+            except ModuleNotFoundError as missing:
+                if (missing.name or name).partition(".")[0] == name:
+                    raise
 
 
 @dataclass

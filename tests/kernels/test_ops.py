@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pkgutil
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import build
-from megalite.ops import backend
+from megalite.ops import backend, library
 from megalite.ops.dropout import dropout
 from megalite.ops.gelu import gelu
-from megalite.ops.library import SOURCES, Library, NoKernels
+from megalite.ops.library import BUILT, SOURCES, Library, NoKernels
 from megalite.ops.norm import add_layer_norm, layer_norm, rms_norm
 from megalite.ops.rope import rope, rope_angles
 from megalite.ops.softmax import scaled_softmax
@@ -100,6 +102,14 @@ def test_library_of_other_sources_is_refused(emulated_library, tmp_path):
         Library(build.HERE.parent / "build" / "libmegalite_emulated.so", sources)
     with pytest.raises(NoKernels, match="cannot be loaded"):
         Library(tmp_path / "none.so")
+
+
+def test_python_does_not_take_the_library_for_a_module(tmp_path):
+    """Ranks import whatever is in the package."""
+    at = tmp_path / BUILT.relative_to(Path(library.__file__).parent)
+    at.parent.mkdir(exist_ok=True)
+    at.touch()
+    assert not list(pkgutil.walk_packages([str(tmp_path)]))
 
 
 def test_launch_that_fails_says_why(emulated_library):
