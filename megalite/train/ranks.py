@@ -122,9 +122,9 @@ class Ranks:
 
 
 def last_words(text: str) -> str:
-    """Of the first traceback the last line, with the rank, or the process, that raised."""
+    """What the first traceback ends with, in a line, and the rank, or the process, that raised."""
     said = re.search(
-        r"^(rank \d+|the process .*?) raised\nTraceback.*?^([A-Za-z_][\w.]*(?::.*)?)$",
+        r"^(rank \d+|the process .*?) raised\nTraceback.*?^([A-Za-z_][\w.]*(?::[^\n]*)?)$",
         text,
         re.S | re.M,
     )

@@ -16,6 +16,8 @@ from megalite.train.loop import forward_backward, train_step, update
 LLAMA = {"norm": "rmsnorm", "activation": "swiglu", "position": "rope", "bias": False}
 GPT = {"dropout": 0.1}
 STEPS = 20
+LR = 3e-4
+"""At 1e-3 the first steps jump about, and a rounding grows to several percent of the loss."""
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +31,7 @@ def engine_of(form: dict, ops_backend: str, precision: torch.dtype = torch.bfloa
     sizes = {"num_layers": 4, "hidden_size": 256, "num_heads": 8, "seq_len": 256}
     config = Config(
         model=ModelConfig(**sizes, vocab_size=1000, **form),
-        optim=OptimConfig(lr=1e-3),
+        optim=OptimConfig(lr=LR),
         train=TrainConfig(micro_batch_size=4, global_batch_size=8, ops_backend=ops_backend),
     )
     config.check(1)
@@ -43,7 +45,7 @@ def losses(engine: Engine, steps: int = STEPS) -> torch.Tensor:
     model = engine.config.model
     loader = build_loader(engine, Synthetic(model.vocab_size, model.seq_len, seed=1))
     batch = engine.config.train.global_batch_size
-    found = [train_step(engine, loader.step(n * batch), lr=1e-3).loss for n in range(steps)]
+    found = [train_step(engine, loader.step(n * batch), lr=LR).loss for n in range(steps)]
     return torch.stack(found).cpu()
 
 
@@ -69,7 +71,7 @@ def test_step_waits_for_the_gpu_nowhere(form, ops_backend):
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = train_step(engine, calls, lr=1e-3)
+        found = train_step(engine, calls, lr=LR)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert found.loss.isfinite()
@@ -78,7 +80,7 @@ def test_step_waits_for_the_gpu_nowhere(form, ops_backend):
 @pytest.mark.parametrize("form", [GPT, LLAMA], ids=["gpt", "llama"])
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_backends_train_alike(form, precision):
-    bound = {torch.float32: 1e-4, torch.bfloat16: 2e-2}[precision]
+    bound = {torch.float32: 1e-5, torch.bfloat16: 2e-3}[precision]
     ours, torchs = (losses(engine_of(form, name, precision)) for name in ("fused", "torch"))
     assert torchs[-1] < torchs[0] - 0.1
     assert ((ours - torchs).abs() <= bound * torchs).all()
@@ -101,7 +103,7 @@ def test_captured_steps_are_eager_ones_with_any_learning_rate():
     with torch.cuda.graph(graph, stream=side):
         captured = forward_backward(replayed, calls)
     for step in range(10):
-        lr, fresh = 1e-3 / (step + 1), loader.step(step * batch)
+        lr, fresh = LR / (step + 1), loader.step(step * batch)
         for static, given in zip(calls, fresh, strict=True):
             static.tokens.copy_(given.tokens)
             static.labels.copy_(given.labels)
