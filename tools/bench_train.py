@@ -148,7 +148,8 @@ def run_once(layout: str, args: argparse.Namespace) -> dict:
     own += ["--warmup", str(args.warmup), "--threads", str(args.threads), "--device", args.device]
     own += ["--ops-backend", args.ops_backend]
     own += ["--deterministic"] if args.deterministic else []
-    env = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "PYTHONPATH": path}
     env["OMP_WAIT_POLICY"] = "passive"  # idle threads that spin would count as CPU seconds
     env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
