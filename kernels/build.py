@@ -177,7 +177,7 @@ def build_emulated(out: Path, *, sanitize: bool = False, sources: Path = SOURCES
 
 
 def _compile(compiler: list[str], linker: list[str], out: Path, sources: Path = SOURCES) -> str:
-    """Each source by `compiler`, two at a time, then one library; gives what compilers print."""
+    """Each source by `compiler`, one on each core, then one library; gives what they print."""
     work = (HERE.parent / "build" if sources == SOURCES else sources) / out.stem
     work.mkdir(parents=True, exist_ok=True)
     define = f'-DSOURCE_HASH="{source_hash(sources)}"'
@@ -186,7 +186,7 @@ def _compile(compiler: list[str], linker: list[str], out: Path, sources: Path = 
         made = str(work / f"{source.stem}.o")
         return made, _run([*compiler, define, "-c", str(source), "-o", made])
 
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         made = list(pool.map(compiled, sorted(sources.glob("*.cu"))))
     part = out.with_suffix(".part")  # a library in use is replaced, never written over
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -34,13 +34,17 @@ from megalite.ops.library import NoKernels
 
 
 class Timer:
-    """Milliseconds of one call, as the median of `rounds`."""
+    """Milliseconds of one call, as the median of `rounds`.
+
+    On a GPU all is to run on its `stream`: a backward does on that of its forward, and a graph
+    records one.
+    """
 
     def __init__(self, device: torch.device, rounds: int):
         self.device, self.rounds = device, rounds
         self._copies: dict[int, float] = {}
+        self.stream = torch.cuda.Stream() if device.type == "cuda" else None
         if device.type == "cuda":
-            self._stream = torch.cuda.Stream()
             cache = torch.cuda.get_device_properties(device).L2_cache_size
             self._others = torch.zeros(cache, device=device)  # four times as many bytes
 
@@ -52,14 +56,10 @@ class Timer:
                 call()
                 times.append(1e3 * (time.perf_counter() - start))
             return statistics.median(times[1:])
-        # Backward runs on its forward's stream: one stream for the first calls and the graph.
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            for _ in range(3):
-                call()
-        torch.cuda.current_stream().wait_stream(self._stream)
+        for _ in range(3):
+            call()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._stream):
+        with torch.cuda.graph(graph, stream=self.stream):
             call()
         marks = []
         for _ in range(self.rounds):
@@ -166,14 +166,15 @@ def main(argv: list[str] | None = None) -> int:
     print(f"on {where}; torch {torch.__version__}" + (f"; not run: {absent}" if absent else ""))
     print(f"\n{HEADER}")
     timer, rows = Timer(sizes.device, args.rounds), []
-    for name, cases in GROUPS.items():
-        if args.only not in (None, name):
-            continue
-        for case in cases(sizes):
-            for row in rows_of(case, timer, sizes.dtype):
-                rows.append(row)
-                print(line_of(row, args.dry_run), flush=True)
-        torch._dynamo.reset()
+    with torch.cuda.stream(timer.stream):
+        for name, cases in GROUPS.items():
+            if args.only not in (None, name):
+                continue
+            for case in cases(sizes):
+                for row in rows_of(case, timer, sizes.dtype):
+                    rows.append(row)
+                    print(line_of(row, args.dry_run), flush=True)
+            torch._dynamo.reset()
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     return 0
