@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -94,10 +95,11 @@ def test_scale_multiplies_the_gradients_before_the_update():
 
 
 def test_norm_of_many_numbers_keeps_its_digits():
-    # One float32 sum over the 8 million of the table is off by 1e-4 and more.
+    # One float32 sum over the 8 million of the table, number by number, is off by 1e-2.
     stage, optimizer = optimizer_of(torch.float32, cfg=replace(CFG, vocab_size=1_000_000))
     fill(stage, 1)
     grads = [param.grad.double() for _, param in named_parameters(stage)]
     exact = sum(grad.square().sum() for grad in grads)
-    one_sum = sum(torch.dot(g.flatten(), g.flatten()) for g in (grad.float() for grad in grads))
+    squares = torch.cat([grad.square().float().flatten() for grad in grads]).numpy()
+    one_sum = np.add.accumulate(squares)[-1]
     assert abs(optimizer.sum_of_squares() - exact) <= 2e-5 * exact < abs(one_sum - exact)
