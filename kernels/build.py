@@ -38,12 +38,13 @@ ONE_A_ROW = ("cross_entropy_forward",)
 MOST_NARROW = {"LDG": 6, "STG": 4}
 """Narrower accesses that a kernel of packs may have: a row's statistics, its label or mask, the
 last few numbers of a range. A row that is moved in halves would have more."""
+HALVES = ("adamw",)
+"""Kernels of packs of float32 whose narrower numbers beside them go in halves of a pack."""
 MOST_INSTRUCTIONS = 124
 """For each access of 16 bytes, those of rare cases counted, too. An H200's 132 processors issue 128
 threads' instructions each at 1.98 GHz: eight for each byte of its 4.3 TB/s. A kernel of more would
 compute for longer than it moves."""
 MORE_INSTRUCTIONS = {
-    "Dropout": "64 bits are hashed for each number",
     "Li0E": "K is 0: rows too long for registers are read again",
 }
 """Parts of the names of kernels that may have more, and why."""
@@ -144,7 +145,8 @@ def accesses(sass: str) -> dict[str, Counter[tuple[str, int]]]:
             continue
         if re.match(r"\s+/\*[0-9a-f]+\*/\s+(?!NOP)\S.*;", line):
             counts[ANY] += 1
-        if access := re.search(r"\b(LDG|STG)((?:\.\w+)*)", line):
+        # LDGSTS loads into shared memory.
+        if access := re.search(r"\b(LDG|STG)(?:STS)?\b((?:\.\w+)*)", line):
             bits = re.search(r"\.[US]?(8|16|64|128)\b", access[2])
             counts[access[1], int(bits[1]) if bits else 32] += 1
     return found
@@ -152,10 +154,11 @@ def accesses(sass: str) -> dict[str, Counter[tuple[str, int]]]:
 
 def faults_of(kernel: str, found: Counter[tuple[str, int]]) -> Iterator[str]:
     """What is wrong with a kernel that moves packs: its accesses, or too much beside them."""
+    whole = 64 if any(name in kernel for name in HALVES) else 128
     for kind, most in MOST_NARROW.items():
-        narrow = sum(n for (of, bits), n in found.items() if of == kind and bits < 128)
+        narrow = sum(n for (of, bits), n in found.items() if of == kind and bits < whole)
         if narrow > most:
-            yield f"{kernel} has {narrow} {kind} of less than 128 bits"
+            yield f"{kernel} has {narrow} {kind} of less than {whole} bits"
         writes_none = kind == "STG" and any(name in kernel for name in ONE_A_ROW)
         if not found[kind, 128] and not writes_none:
             yield f"{kernel} has no {kind} of 128 bits"

@@ -6,10 +6,10 @@ using namespace megalite;
 namespace {
 
 template <class G, class C> int adamw_of(const AdamW<G, C>& a, void* stream) {
-    constexpr int V = 8;
+    constexpr int V = 4;  // of float32, which most are; a narrower gradient or copy takes 8 bytes
     const bool packs = aligned(16, a.master, a.average, a.average_square, a.copy, a.gradient);
     auto* kernel = packs ? adamw<V, G, C> : adamw<1, G, C>;
-    const int64_t each = int64_t(ADAMW_THREADS) * (packs ? V : 1);
+    const int64_t each = int64_t(ADAMW_THREADS) * ADAMW_PACKS * (packs ? V : 1);
     return launch(kernel, dim3(ceil_div(a.n, each)), dim3(ADAMW_THREADS), stream, a);
 }
 

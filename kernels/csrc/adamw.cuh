@@ -24,36 +24,53 @@ template <class G, class C> struct AdamW {
 
 constexpr int ADAMW_THREADS = 256;
 
-template <int V, class G, class C>
-__device__ __forceinline__ void adamw_pack(const AdamW<G, C>& a, int64_t at, float factor) {
-    float p[V], m[V], v[V], g[V];
-    load_wide<V>(a.master + at, p);
-    load_wide<V>(a.average + at, m);
-    load_wide<V>(a.average_square + at, v);
-    load_wide<V>(a.gradient + at, g);
+// M packs of V numbers, `apart` from each other: those of a warp's threads lie side by side. All are
+// asked for before the first is used.
+template <int V, int M, class G, class C>
+__device__ __forceinline__ void adamw_packs(const AdamW<G, C>& a, int64_t first, int64_t apart,
+                                            int64_t end, float factor) {
+    float p[M][V], m[M][V], v[M][V], g[M][V];
 #pragma unroll
-    for (int i = 0; i < V; i++) {
-        g[i] *= factor;
-        p[i] -= a.lr * a.weight_decay * p[i];
-        m[i] += (1.0f - a.beta1) * (g[i] - m[i]);
-        v[i] = a.beta2 * v[i] + (1.0f - a.beta2) * g[i] * g[i];
-        p[i] -= a.lr * a.unbias1 * m[i] / (sqrtf(v[i]) * a.unbias2_root + a.eps);
+    for (int j = 0; j < M; j++) {
+        const int64_t at = first + j * apart;
+        if (at >= end) continue;
+        load_wide<V>(a.master + at, p[j]);
+        load_wide<V>(a.average + at, m[j]);
+        load_wide<V>(a.average_square + at, v[j]);
+        load_wide<V>(a.gradient + at, g[j]);
     }
-    store_narrow<V>(a.master + at, p);
-    store_narrow<V>(a.average + at, m);
-    store_narrow<V>(a.average_square + at, v);
-    if (a.copy != nullptr) store_narrow<V>(a.copy + at, p);
+#pragma unroll
+    for (int j = 0; j < M; j++) {
+        const int64_t at = first + j * apart;
+        if (at >= end) continue;
+#pragma unroll
+        for (int i = 0; i < V; i++) {
+            float &to = p[j][i], &mean = m[j][i], &square = v[j][i];
+            const float slope = g[j][i] * factor;
+            to -= a.lr * a.weight_decay * to;
+            mean += (1.0f - a.beta1) * (slope - mean);
+            square = a.beta2 * square + (1.0f - a.beta2) * slope * slope;
+            to -= a.lr * a.unbias1 * mean / (sqrtf(square) * a.unbias2_root + a.eps);
+        }
+        store_narrow<V>(a.master + at, p[j]);
+        store_narrow<V>(a.average + at, m[j]);
+        store_narrow<V>(a.average_square + at, v[j]);
+        if (a.copy != nullptr) store_narrow<V>(a.copy + at, p[j]);
+    }
 }
 
-// V numbers a thread; what is left of them at the end, one a thread of the last block.
+constexpr int ADAMW_PACKS = 2;  // of a thread
+
+// What is left at the end when packs are full, one number a thread of the last block.
 template <int V, class G, class C>
 __global__ void __launch_bounds__(ADAMW_THREADS) adamw(const AdamW<G, C> a) {
     if (a.skip != nullptr && *a.skip != 0.0f) return;
     const float factor = a.factor != nullptr ? *a.factor : 1.0f;
-    const int64_t at = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * V;
-    const int64_t whole = a.n - a.n % V, one = whole + threadIdx.x;
-    if (at < whole) adamw_pack<V>(a, at, factor);
-    if (blockIdx.x == gridDim.x - 1 && one < a.n) adamw_pack<1>(a, one, factor);
+    const int64_t apart = int64_t(blockDim.x) * V, whole = a.n - a.n % V;
+    const int64_t first = blockIdx.x * apart * ADAMW_PACKS + threadIdx.x * V;
+    adamw_packs<V, ADAMW_PACKS>(a, first, apart, whole, factor);
+    if (blockIdx.x == gridDim.x - 1)
+        adamw_packs<1, 1>(a, whole + threadIdx.x, 0, a.n, factor);
 }
 
 }  // namespace megalite

@@ -13,6 +13,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #define SHARED(type, name, count) __shared__ alignas(16) type name[count]
+// All that the launch gave besides; one in a kernel.
+#define LAUNCHED_SHARED(type, name) extern __shared__ type name[]
 #else
 #include "../emulator/cuda_on_host.h"
 #endif
@@ -113,6 +115,26 @@ template <int N, class T> __device__ __forceinline__ void store_narrow(T* at, co
     }
 }
 
+// -- copies that come while something else is done ---------------------------------------------
+
+// 16 bytes into shared memory, past registers and L1. The thread that asked may read them, without a
+// barrier, once it has waited for the group that `copies_asked` ended.
+#ifdef __CUDACC__
+__device__ __forceinline__ void ask_copy(void* shared, const void* from) {
+    const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ __forceinline__ void copies_asked() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// For all groups but the last `but`.
+template <int but> __device__ __forceinline__ void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(but) : "memory");
+}
+#else
+inline void ask_copy(void* shared, const void* from) { emulator::ask_copy(shared, from); }
+inline void copies_asked() { emulator::copies_asked(); }
+template <int but> void wait_for_copies() { emulator::wait_for_copies(but); }
+#endif
+
 // -- functions of one number -------------------------------------------------------------------
 
 // 2^x and 1 / x, each by one instruction, to some 2^-22 of the result; subnormal ones are 0. Those of
@@ -136,6 +158,16 @@ inline float inverse(float x) {
 }
 #endif
 __device__ __forceinline__ float exponential(float x) { return power_of_2(1.44269504f * x); }
+
+struct Divided {
+    int64_t whole;
+    int rest;
+};
+// A division of 64 bits takes some 80 instructions, one of 32 bits a quarter of that.
+__device__ __forceinline__ Divided divided(int64_t a, int b) {
+    if (a <= INT32_MAX) return {int(a) / b, int(a) % b};
+    return {a / b, int(a % b)};
+}
 
 // A maximum so far, and the sum of exp(x - maximum): numbers are added in any order.
 struct Exponentials {
@@ -174,11 +206,18 @@ template <class Op, int N> __device__ __forceinline__ Values<N> over_warp(Values
     return x;
 }
 
+// Of the threads with one threadIdx.y, whole warps. Barrier 0 is __syncthreads', of 16.
+#ifdef __CUDACC__
+__device__ __forceinline__ void row_barrier() {
+    asm volatile("bar.sync %0, %1;" ::"r"(threadIdx.y + 1), "r"(blockDim.x) : "memory");
+}
+#endif
+
 // Up to N sums or maxima over threadIdx.x, given to all of its threads, always in the same order.
 //
-// A row is those threads of a block that have one threadIdx.y. One of one warp needs no barrier. All
-// others of a block come here together, and take one barrier each time: two buffers in turn, so that
-// a warp that runs ahead does not overwrite what another still reads.
+// A row is those threads of a block that have one threadIdx.y. One of one warp needs no barrier. The
+// warps of another come here together, and take a barrier of their row each time: two buffers in
+// turn, so that a warp that runs ahead does not overwrite what another still reads.
 template <int N> class OverRow {
 public:
     __device__ __forceinline__ explicit OverRow(float* shared) : shared_(shared) {}
@@ -194,7 +233,7 @@ public:
         if (lane == 0)
 #pragma unroll
             for (int i = 0; i < M; i++) buffer[i * MAX_WARPS + first + warp] = x.v[i];
-        __syncthreads();
+        row_barrier();
 #pragma unroll
         for (int i = 0; i < M; i++)
             x.v[i] = lane < warps ? buffer[i * MAX_WARPS + first + lane] : Op::nothing;
@@ -243,14 +282,35 @@ __global__ void column_sum(const Sums<T> outs, const float* shares, int count, i
 // -- launches ----------------------------------------------------------------------------------
 
 // 0, or CUDA's error code (the emulator's: 1, and last_error() says what).
+// `shared` bytes are LAUNCHED_SHARED.
 template <class... Params, class... Args>
-int launch(void (*kernel)(Params...), dim3 grid, dim3 block, void* stream, Args... args) {
+int launch_with_shared(int shared, void (*kernel)(Params...), dim3 grid, dim3 block, void* stream,
+                       Args... args) {
 #ifdef __CUDACC__
-    kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(args...);
+    if (shared > 48 << 10) {  // more has to be asked for
+        const auto most = cudaFuncAttributeMaxDynamicSharedMemorySize;
+        if (auto error = cudaFuncSetAttribute(kernel, most, shared)) return static_cast<int>(error);
+    }
+    kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream)>>>(args...);
     return static_cast<int>(cudaGetLastError());
 #else
     (void)stream;
-    return emulator::run(grid, block, [=] { kernel(args...); });
+    return emulator::run(grid, block, shared, [=] { kernel(args...); });
+#endif
+}
+template <class... Params, class... Args>
+int launch(void (*kernel)(Params...), dim3 grid, dim3 block, void* stream, Args... args) {
+    return launch_with_shared(0, kernel, grid, block, stream, args...);
+}
+
+// Bytes of shared memory that a block may have on this device; 0 where there is none.
+inline int most_shared() {
+#ifdef __CUDACC__
+    int device = 0, bytes = 0;
+    if (cudaGetDevice(&device)) return 0;
+    return cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) ? 0 : bytes;
+#else
+    return emulator::SHARED_BYTES;
 #endif
 }
 

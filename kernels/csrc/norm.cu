@@ -4,10 +4,11 @@
 namespace megalite {
 namespace {
 
-constexpr int most(int threads) { return std::min(threads, MOST_FORWARD_THREADS); }
+constexpr int OTHER_SHARED = 2 << 10;  // bytes: what a kernel declares, and what CUDA takes
+constexpr int forward_threads(int threads) { return std::min(threads, MOST_FORWARD_THREADS); }
 
 template <class T, int V, int K, bool ADD> int forward(const NormForward<T>& a, void* stream) {
-    const int threads = K > 0 ? row_threads(a.n, V, K) : most(row_threads(a.n, V, 1));
+    const int threads = K > 0 ? row_threads(a.n, V, K) : forward_threads(row_threads(a.n, V, 1));
     const int rows = threads == WARP ? 4 : 1;  // of a block
     return launch(norm_forward<T, V, K, ADD>, dim3(ceil_div(a.rows, rows)), dim3(threads, rows),
                   stream, a);
@@ -25,13 +26,16 @@ template <class T, bool ADD> int forward(const NormForward<T>& a, void* stream) 
 
 // In one pass where a block holds a row, and as many rows at once as it has threads for.
 template <class T, bool ADD> int backward(const NormBackward<T>& a, int shares, void* stream) {
-    constexpr int V = 16 / sizeof(T);
+    constexpr int V = 16 / sizeof(T), K = 4, EACH = backward_shared(K);
     const bool packs = a.n % V == 0 && aligned(16, a.dx, a.dy, a.x, a.dsum, a.affine.weight);
-    const int threads = row_threads(a.n, V, 4);
-    if (packs && threads <= MOST_BACKWARD_THREADS)
-        return launch(norm_backward<T, V, 4, ADD>, dim3(shares),
-                      dim3(threads, MOST_BACKWARD_THREADS / threads), stream, a);
-    const dim3 row_block(most(row_threads(a.n, packs ? V : 1, 1)));
+    const int threads = row_threads(a.n, V, K);
+    const int most = std::min(MOST_BACKWARD_THREADS, (most_shared() - OTHER_SHARED) / EACH);
+    if (packs && threads <= most) {
+        const dim3 block(threads, most / threads);
+        auto* kernel = a.mean ? norm_backward<T, V, K, ADD, true> : norm_backward<T, V, K, ADD, false>;
+        return launch_with_shared(int(block.x * block.y) * EACH, kernel, dim3(shares), block, stream, a);
+    }
+    const dim3 row_block(forward_threads(row_threads(a.n, packs ? V : 1, 1)));
     auto* rows = packs ? norm_backward_rows<T, V, ADD> : norm_backward_rows<T, 1, ADD>;
     if (int error = launch(rows, dim3(a.rows), row_block, stream, a)) return error;
     return launch(norm_backward_columns<T>, dim3(ceil_div(a.n, TILE), shares),

@@ -182,15 +182,13 @@ __device__ __forceinline__ void norm_dx(float (&dx)[V], const float (&unit)[V], 
 // What else there is of the sum's gradient. Rounded before and after, as torch adds two gradients:
 // whether the addition is in the norm's pass, or beside a norm that is made again, no bit differs.
 template <class T, int V>
-__device__ __forceinline__ void add_gradient(float (&dx)[V], const T* dsum) {
+__device__ __forceinline__ void add_gradient(float (&dx)[V], Pack<T, V> dsum) {
     float more[V];
-    load_once<T, V>(dsum).unpack(more);
+    dsum.unpack(more);
     Pack<T, V>::of(dx).unpack(dx);
 #pragma unroll
     for (int i = 0; i < V; i++) dx[i] = __fadd_rn(dx[i], more[i]);
 }
-
-constexpr int MOST_BACKWARD_THREADS = 384;  // of 65,536 registers, with 168 each
 
 // Adds what the rows of a block have of a share, in their order, and writes it: `mine` are the sums
 // of V columns from `column` on.
@@ -216,86 +214,101 @@ __device__ __forceinline__ void add_rows(float* share, float* shared, int column
     __syncthreads();
 }
 
-// A row of K * V elements a thread, blockDim.y rows at once. While they are worked on, the next ones
-// are on their way.
-template <class T, int V, int K, bool ADD>
+constexpr int MOST_BACKWARD_THREADS = 512;  // of 65,536 registers, with 128 each
+constexpr int BACKWARD_PACKS = 6;  // of K in shared memory: this row's, and those of rows to come
+
+// Bytes of shared memory for each thread.
+constexpr int backward_shared(int k) { return BACKWARD_PACKS * k * 16; }
+
+// A row of K * V elements a thread, blockDim.y rows at once, each at its own pace. While one is worked
+// on, one or two more are on their way into shared memory, so that there is always something to move.
+template <class T, int V, int K, bool ADD, bool CENTERED>
 __global__ void __launch_bounds__(MOST_BACKWARD_THREADS) norm_backward(const NormBackward<T> a) {
+    constexpr int INPUTS = ADD ? 3 : 2, TURNS = BACKWARD_PACKS / INPUTS, AHEAD = TURNS - 1;
     SHARED(float, shared, OVER_ROW_FLOATS(2));
-    SHARED(float, rows, MOST_BACKWARD_THREADS * V);
+    LAUNCHED_SHARED(uint4, packs);
     OverRow<2> over_row(shared);
-    const int64_t first = int64_t(blockIdx.x) * blockDim.y;
-    const int64_t step = int64_t(gridDim.x) * blockDim.y;
-    const auto column = [](int k) { return (k * int(blockDim.x) + int(threadIdx.x)) * V; };
-    float dweight[K][V] = {}, dbias[K][V] = {};
-    Pack<T, V> x[K], dy[K];
-    float mean = 0.0f, rstd = 0.0f;
-    const auto fetch = [&](int64_t row) {
-        if (row >= a.rows) return;
-#pragma unroll
-        for (int k = 0; k < K; k++)
-            if (column(k) < a.n) {
-                x[k] = load_once<T, V>(a.x + row * a.n + column(k));
-                dy[k] = load_once<T, V>(a.dy + row * a.n + column(k));
-            }
-        mean = a.mean != nullptr ? a.mean[row] : 0.0f;
-        rstd = a.rstd[row];
+    const int thread = threadIdx.y * blockDim.x + threadIdx.x;
+    uint4* mine = packs + thread / WARP * (BACKWARD_PACKS * K * WARP) + thread % WARP;
+    const auto pack_at = [&](int turn, int input, int k) {
+        return mine + ((turn * INPUTS + input) * K + k) * WARP;
     };
-    fetch(first + threadIdx.y);
-    // All threads of a block come to `over_row` as often, those without a row of their own, too.
-    for (int64_t at = first; at < a.rows; at += step) {
-        const int64_t row = at + threadIdx.y;
-        const bool here = row < a.rows;
-        const float row_mean = mean, row_rstd = rstd;
-        Pack<T, V> row_x[K], row_dy[K];
+    const auto column = [](int k) { return (k * int(blockDim.x) + int(threadIdx.x)) * V; };
+    const auto ask = [&](int64_t row, int turn) {
+        if (row < a.rows)
+#pragma unroll
+            for (int k = 0; k < K; k++)
+                if (column(k) < a.n) {
+                    const int64_t from = row * a.n + column(k);
+                    ask_copy(pack_at(turn, 0, k), a.x + from);
+                    ask_copy(pack_at(turn, 1, k), a.dy + from);
+                    if constexpr (ADD) ask_copy(pack_at(turn, 2, k), a.dsum + from);
+                }
+        copies_asked();
+    };
+    struct Statistics { float mean, rstd; };
+    const auto statistics = [&](int64_t row) -> Statistics {
+        if (row >= a.rows) return {};
+        return {CENTERED ? a.mean[row] : 0.0f, a.rstd[row]};
+    };
+    float dweight[K][V] = {}, dbias[K][V] = {};
+    const int64_t first = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
+    const int64_t step = int64_t(gridDim.x) * blockDim.y;
+    int turn = 0;
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) ask(first + i * step, i);
+    Statistics next = statistics(first);
+    for (int64_t row = first; row < a.rows; row += step) {
+        ask(row + AHEAD * step, turn == 0 ? AHEAD : turn - 1);
+        const Statistics of_row = next;
+        next = statistics(row + step);
+        wait_for_copies<AHEAD>();
         // The normalised row, the gradient of y, and that times the weight.
         const auto terms = [&](int k, float (&unit)[V], float (&along)[V], float (&g)[V]) {
-            row_x[k].unpack(unit);
-            row_dy[k].unpack(along);
+            Pack<T, V>{*pack_at(turn, 0, k)}.unpack(unit);
+            Pack<T, V>{*pack_at(turn, 1, k)}.unpack(along);
             a.affine.template load<V, T>(a.affine.weight, column(k), g);
 #pragma unroll
             for (int i = 0; i < V; i++) {
-                unit[i] = (unit[i] - row_mean) * row_rstd;
+                unit[i] = (unit[i] - of_row.mean) * of_row.rstd;
                 g[i] *= along[i];
             }
         };
         Values<2> sums = {};
 #pragma unroll
-        for (int k = 0; k < K; k++) {
-            row_x[k] = x[k];
-            row_dy[k] = dy[k];
-        }
-        fetch(row + step);
-#pragma unroll
         for (int k = 0; k < K; k++)
-            if (here && column(k) < a.n) {
+            if (column(k) < a.n) {
                 float unit[V], along[V], g[V];
                 terms(k, unit, along, g);
 #pragma unroll
                 for (int i = 0; i < V; i++) {
                     dweight[k][i] += along[i] * unit[i];
-                    dbias[k][i] += along[i];
+                    if constexpr (CENTERED) dbias[k][i] += along[i];
                     sums.v[0] += g[i] * unit[i];
-                    sums.v[1] += g[i];
+                    if constexpr (CENTERED) sums.v[1] += g[i];
                 }
             }
         sums = over_row.sum(sums);
-        const float along_unit = sums.v[0] * a.part;
-        const float along_one = a.mean != nullptr ? sums.v[1] * a.part : 0.0f;
+        const float along_unit = sums.v[0] * a.part, along_one = sums.v[1] * a.part;
 #pragma unroll
         for (int k = 0; k < K; k++)
-            if (here && column(k) < a.n) {
+            if (column(k) < a.n) {
                 float unit[V], along[V], g[V];
                 terms(k, unit, along, g);
-                norm_dx(g, unit, row_rstd, along_unit, along_one);
-                if constexpr (ADD) add_gradient<T>(g, a.dsum + row * a.n + column(k));
+                norm_dx(g, unit, of_row.rstd, along_unit, along_one);
+                if constexpr (ADD) add_gradient(g, Pack<T, V>{*pack_at(turn, 2, k)});
                 store_once<T, V>(a.dx + row * a.n + column(k), Pack<T, V>::of(g));
             }
+        turn = turn == AHEAD ? 0 : turn + 1;
     }
+    __syncthreads();  // no row needs its packs any more
+    auto* rows = reinterpret_cast<float*>(packs);
     const int64_t share = int64_t(blockIdx.x) * a.n;
 #pragma unroll
     for (int k = 0; k < K; k++) {
         add_rows<V>(a.dweight + share, rows, column(k), a.n, dweight[k]);
-        if (a.dbias != nullptr) add_rows<V>(a.dbias + share, rows, column(k), a.n, dbias[k]);
+        if (CENTERED && a.dbias != nullptr)
+            add_rows<V>(a.dbias + share, rows, column(k), a.n, dbias[k]);
     }
 }
 
@@ -332,7 +345,7 @@ template <class T, int V, bool ADD> __global__ void norm_backward_rows(const Nor
     const float along_one = a.mean != nullptr ? along.v[1] * a.part : 0.0f;
     each([&](int column, float(&g)[V], const float(&unit)[V]) {
         norm_dx(g, unit, rstd, along_unit, along_one);
-        if constexpr (ADD) add_gradient<T>(g, a.dsum + at + column);
+        if constexpr (ADD) add_gradient(g, load_once<T, V>(a.dsum + at + column));
         store_once<T, V>(a.dx + at + column, Pack<T, V>::of(g));
     });
 }

@@ -52,22 +52,25 @@ constexpr int MOST_SOFTMAX_THREADS = 512;
 template <class T, int V, int K> class SoftmaxRow {
 public:
     __device__ __forceinline__ SoftmaxRow(const Softmax<T>& a, int64_t row) : a_(a) {
-        const int query = int(row % a.seen.queries);
+        const auto [above, query] = divided(row, a.seen.queries);
         x_ = a.x + row * a.seen.keys;
         if (a.mask.at != nullptr || a.bias.at != nullptr) {
-            const int64_t batch = row / a.seen.queries / a.seen.heads;
-            const int64_t head = row / a.seen.queries % a.seen.heads;
+            const auto [batch, head] = divided(above, a.seen.heads);
             if (a.mask.at != nullptr) mask_ = a.mask.row(batch, head, query);
             if (a.bias.at != nullptr) bias_ = a.bias.row(batch, head, query);
         }
         a.seen.span(query, from_, to_);
         if constexpr (K > 0) {
             Pack<T, V> raw[K];
+            Mask mask[K];
 #pragma unroll
             for (int k = 0; k < K; k++)
-                if (touches(column(k))) raw[k] = load_once<T, V>(x_ + column(k));
+                if (touches(column(k))) {
+                    raw[k] = load_once<T, V>(x_ + column(k));
+                    mask[k] = mask_at(column(k));
+                }
 #pragma unroll
-            for (int k = 0; k < K; k++) values(column(k), raw[k], held_[k]);
+            for (int k = 0; k < K; k++) values(column(k), raw[k], mask[k], held_[k]);
         }
     }
 
@@ -80,9 +83,13 @@ public:
         } else {
             for (int at = threadIdx.x * V; at < a_.seen.keys; at += blockDim.x * V) {
                 Pack<T, V> raw;
+                Mask mask;
                 float v[V];
-                if (touches(at)) raw = load<T, V>(x_ + at);
-                values(at, raw, v);
+                if (touches(at)) {
+                    raw = load<T, V>(x_ + at);
+                    mask = mask_at(at);
+                }
+                values(at, raw, mask, v);
                 use(at, v, touches(at));
             }
         }
@@ -95,7 +102,16 @@ private:
     __device__ __forceinline__ bool touches(int column) const {
         return column < to_ && column + V > from_;
     }
-    __device__ __forceinline__ void values(int column, Pack<T, V> raw, float (&v)[V]) const {
+    union Mask {
+        typename Word<V>::type word;
+        uint8_t seen[V];
+    };
+    __device__ __forceinline__ Mask mask_at(int column) const {
+        if (mask_ == nullptr) return {};
+        return {*reinterpret_cast<const typename Word<V>::type*>(mask_ + column)};
+    }
+    __device__ __forceinline__ void values(int column, Pack<T, V> raw, Mask mask,
+                                           float (&v)[V]) const {
         if (!touches(column)) {
 #pragma unroll
             for (int i = 0; i < V; i++) v[i] = 0.0f;
@@ -110,12 +126,9 @@ private:
 #pragma unroll
             for (int i = 0; i < V; i++) v[i] += bias[i];
         }
-        if (mask_ != nullptr) {
-            union { typename Word<V>::type word; uint8_t seen[V]; } mask;
-            mask.word = *reinterpret_cast<const typename Word<V>::type*>(mask_ + column);
+        if (mask_ != nullptr)
 #pragma unroll
             for (int i = 0; i < V; i++) v[i] = mask.seen[i] ? v[i] : -INFINITY;
-        }
         if (column < from_ || column + V > to_)
 #pragma unroll
             for (int i = 0; i < V; i++)
@@ -186,7 +199,7 @@ __global__ void __launch_bounds__(MOST_SOFTMAX_THREADS)
     if (row >= a.rows) return;
     const int64_t start = row * a.seen.keys;
     int from, to;
-    a.seen.span(int(row % a.seen.queries), from, to);
+    a.seen.span(divided(row, a.seen.queries).rest, from, to);
     const auto column = [](int k) { return (k * int(blockDim.x) + int(threadIdx.x)) * V; };
     const auto touches = [&](int at) { return at < to && at + V > from; };
     Pack<T, V> raw_y[K > 0 ? K : 1] = {}, raw_dy[K > 0 ? K : 1] = {};

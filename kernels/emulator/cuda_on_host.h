@@ -1,17 +1,18 @@
 // CUDA's words for g++: a kernel runs on the CPU, one fiber for each of its threads.
 //
-// Fibers switch only where they wait for each other: at a block's barrier, and at a shuffle, which
-// waits for its warp. Between those a fiber runs alone, so who runs first is ours to choose, and we
-// choose as badly as CUDA allows: one warp runs as far ahead as its barriers let it while others
-// have not moved (EMULATOR_ORDER: forward, the lowest warp ahead; backward, the highest; a number,
-// a random one at each barrier). A missing barrier then shows as a wrong result.
+// Fibers switch only where they wait for each other: at a block's barrier or a row's, and at a
+// shuffle, which waits for its warp. Between those a fiber runs alone, so who runs first is ours to choose, and we
+// choose as badly as CUDA allows: one warp, or row, runs as far ahead as its barriers let it while
+// others have not moved (EMULATOR_ORDER: forward, the lowest warp ahead; backward, the highest; a
+// number, a random one at each barrier). A missing barrier then shows as a wrong result. A copy into
+// shared memory comes as late as the thread's waiting allows; backward, at once.
 //
 // Also found: threads that wait at different barriers, a barrier or a shuffle that some thread of
 // the block or the warp never reaches, a mask that leaves out lanes. Shared memory starts as NaN
 // and has poisoned borders, which AddressSanitizer reports; misaligned accesses are
 // UndefinedBehaviorSanitizer's.
 //
-// Not emulated: clusters, asynchronous copies, atomics between blocks that run at the same time
+// Not emulated: clusters, copies by the bulk engine, atomics between blocks that run at the same time
 // (blocks run one after the other, in a chosen order too), and the memory model's weak ordering.
 #pragma once
 
@@ -20,6 +21,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <numeric>
@@ -95,7 +97,10 @@ constexpr int WARP = 32;
 constexpr size_t SHARED_BYTES = size_t(227) << 10;
 constexpr size_t BORDER = 64;  // bytes of poison after each shared array
 
-enum class State { ready, at_shuffle, at_barrier, done };
+enum class State { ready, at_shuffle, at_row_barrier, at_barrier, done };
+
+struct Copy { void* to; const void* from; };
+using Copies = std::vector<Copy>;
 
 struct Fiber {
     Stack stack;
@@ -105,12 +110,16 @@ struct Fiber {
     size_t shared = 0;    // bytes of shared memory declared so far
     unsigned char slot[2][16];  // what it gives to a shuffle, two in turn
     int turn = 0;
+    Copies asked;             // not yet of a group
+    std::deque<Copies> sent;  // groups that have not been waited for
 };
 
 struct Block {
     std::vector<Fiber> fibers;
     int count = 0, current = -1;
     dim3 grid, size;
+    int launched_shared = 0;
+    bool copies_come_early = false;
     uint3 index{};
     std::function<void()> body;
     std::unique_ptr<char[]> shared{new char[SHARED_BYTES]};
@@ -126,9 +135,16 @@ inline void leave(State state, int place) {
     me().stack.leave(state == State::done);
 }
 
+inline void run_body() {
+    block.body();
+    const auto none = [](const Copies& group) { return group.empty(); };
+    if (!me().asked.empty() || !std::all_of(me().sent.begin(), me().sent.end(), none))
+        block.error = "a thread has ended before copies that it asked for have come";
+}
+
 inline void entry() {
     me().stack.entered();
-    block.body();
+    run_body();
     leave(State::done, 0);
 }
 
@@ -178,6 +194,7 @@ public:
         random_ = name != "forward" && !backward_;
         if (random_) engine_.seed(unsigned(std::strtoul(name.c_str(), nullptr, 10)));
     }
+    bool backward() const { return backward_; }
     std::vector<int> of(int count) {
         std::vector<int> order(count);
         std::iota(order.begin(), order.end(), 0);
@@ -206,6 +223,21 @@ inline bool run_warp(int from, int to, const std::vector<int>& lanes) {
     }
 }
 
+// Let one row, of those that wait at a barrier of their own, go on: before any other does. Whether
+// there was one.
+inline bool release_a_row(Order& order) {
+    const int wide = int(block.size.x);
+    for (int row : order.of(block.count / wide)) {
+        const auto begin = block.fibers.begin() + row * wide;
+        const auto waits = [](const Fiber& f) { return f.state == State::at_row_barrier; };
+        if (std::any_of(begin, begin + wide, waits)) {
+            release(row * wide, (row + 1) * wide, State::at_row_barrier, "row's barrier");
+            return true;
+        }
+    }
+    return false;
+}
+
 inline bool run_block(Order& order) {
     const int n = block.count, warps = (n + WARP - 1) / WARP;
     std::memset(block.shared.get(), 0xff, SHARED_BYTES);  // NaN, as float32, bf16 and fp16
@@ -219,6 +251,8 @@ inline bool run_block(Order& order) {
         fiber.state = State::ready;
         fiber.shared = 0;
         fiber.turn = 0;
+        fiber.asked.clear();
+        fiber.sent.clear();
         fiber.stack.start(entry);
     }
     for (;;) {
@@ -227,19 +261,21 @@ inline bool run_block(Order& order) {
             if (!run_warp(warp * WARP, std::min(n, (warp + 1) * WARP), lanes)) return false;
         const auto done = [](const Fiber& f) { return f.state == State::done; };
         if (std::all_of(block.fibers.begin(), block.fibers.begin() + n, done)) break;
+        if (release_a_row(order) && block.error.empty()) continue;
         if (!release(0, n, State::at_barrier, "barrier")) return false;
     }
 #if defined(__SANITIZE_ADDRESS__)
     ASAN_UNPOISON_MEMORY_REGION(block.shared.get(), SHARED_BYTES);
 #endif
-    return true;
+    return block.error.empty();
 }
 
 // All blocks of a grid, one after the other. 0, or 1 with block.error set.
-inline int run(dim3 grid, dim3 size, std::function<void()> body) {
+inline int run(dim3 grid, dim3 size, int launched_shared, std::function<void()> body) {
     block.count = int(size.x * size.y * size.z);
     block.grid = grid;
     block.size = size;
+    block.launched_shared = launched_shared;
     block.body = std::move(body);
     block.error.clear();
     if (block.count < 1 || block.count > 1024 || grid.y > 65535 || grid.z > 65535) {
@@ -248,6 +284,7 @@ inline int run(dim3 grid, dim3 size, std::function<void()> body) {
     }
     if (int(block.fibers.size()) < block.count) block.fibers.resize(block.count);
     Order order;
+    block.copies_come_early = order.backward();
     for (unsigned z = 0; z < grid.z; z++)
         for (unsigned y = 0; y < grid.y; y++)
             for (int x : order.of(int(grid.x))) {
@@ -266,6 +303,25 @@ template <class T> T* shared_array(size_t count) {
     ASAN_UNPOISON_MEMORY_REGION(block.shared.get() + at, bytes);
 #endif
     return reinterpret_cast<T*>(block.shared.get() + at);
+}
+
+inline void land(const Copy& copy) { std::memcpy(copy.to, copy.from, 16); }
+
+inline void ask_copy(void* to, const void* from) {
+    if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
+        block.error = "a copy of 16 bytes that are not aligned";
+    if (block.copies_come_early)
+        land({to, from});
+    else
+        me().asked.push_back({to, from});
+}
+inline void copies_asked() {
+    me().sent.push_back(std::move(me().asked));
+    me().asked.clear();
+}
+inline void wait_for_copies(int but) {
+    for (auto& sent = me().sent; int(sent.size()) > but; sent.pop_front())
+        std::for_each(sent.front().begin(), sent.front().end(), land);
 }
 
 template <class T> T shuffle(T x, int from, unsigned mask, int place) {
@@ -290,6 +346,9 @@ inline int lane() { return block.current % WARP; }
 #define blockDim (emulator::block.size)
 #define gridDim (emulator::block.grid)
 #define SHARED(type, name, count) type* name = emulator::shared_array<type>(count)
+#define LAUNCHED_SHARED(type, name) \
+    type* name = emulator::shared_array<type>(emulator::block.launched_shared / sizeof(type))
+#define row_barrier() emulator::leave(emulator::State::at_row_barrier, __LINE__)
 #define __syncthreads() emulator::leave(emulator::State::at_barrier, __LINE__)
 #define __syncwarp() emulator::leave(emulator::State::at_shuffle, __LINE__)
 #define __shfl_xor_sync(mask, x, far) \
