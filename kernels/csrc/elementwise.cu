@@ -143,7 +143,7 @@ EXPORT int megalite_rope(int dtype, void* y, const void* x, const void* cos, con
 }
 
 // y, x, residual [rows, n] of `dtype`; residual or null is added. row_names [rows]. Kept, and
-// multiplied by `factor`, is what has upper 53 bits of at least `least`.
+// multiplied by `factor`, is what has a half of a hash that is at least `least`.
 EXPORT int megalite_dropout(int dtype, void* y, const void* x, const void* residual,
                             const int64_t* row_names, int64_t rows, int64_t n, int64_t least,
                             float factor, void* stream) {
@@ -155,7 +155,7 @@ EXPORT int megalite_dropout(int dtype, void* y, const void* x, const void* resid
                                 static_cast<const T*>(residual),
                                 row_names,
                                 n,
-                                uint64_t(least) << 11,
+                                int(least),
                                 factor};
         const bool packs = n % pack_of<decltype(map)>() == 0 && aligned(16, y, x, residual);
         return walk(map, rows, n, packs, stream);

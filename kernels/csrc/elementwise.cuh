@@ -245,8 +245,9 @@ __device__ __forceinline__ uint64_t mix(uint64_t x) {
     return x ^ (x >> 31);
 }
 
-// An element has a name, that of its row and its column, and is kept where the name's hash is at
-// least `least`. Backward is the same map of dy: the mask is made again, never stored.
+// An element has a name, that of its row and its column. Two neighbours share a hash, half of it each,
+// and one is kept where its half, with a sign, is at least `least`. Backward is the same map of dy:
+// the mask is made again, never stored.
 template <class T> struct Dropout {
     using Element = T;
     T* y;
@@ -254,16 +255,26 @@ template <class T> struct Dropout {
     const T* residual;  // is added; or null
     const int64_t* row_names;
     int64_t n;
-    uint64_t least;
+    int least;
     float factor;  // of what is kept
 
     template <int V> __device__ __forceinline__ void at(int64_t row, int64_t column) const {
         const uint64_t name = uint64_t(row_names[row]);
-        float v[V];
-        load_once<T, V>(x + row * n + column).unpack(v);
+        const Pack<T, V> pack = load_once<T, V>(x + row * n + column);
+        constexpr int SHARE = V > 1 ? 2 : 1;  // packs start at even columns
+        bool kept[V];
 #pragma unroll
-        for (int i = 0; i < V; i++)
-            v[i] = mix(name ^ uint32_t(column + i)) >= least ? v[i] * factor : 0.0f;
+        for (int i = 0; i < V; i += SHARE) {
+            const uint64_t hash = mix(name ^ (uint32_t(column + i) >> 1));
+            const int half[] = {int(uint32_t(hash)), int(uint32_t(hash >> 32))};
+#pragma unroll
+            for (int j = 0; j < SHARE; j++)
+                kept[i + j] = half[V > 1 ? j : column % 2] >= least;
+        }
+        float v[V];
+        pack.unpack(v);
+#pragma unroll
+        for (int i = 0; i < V; i++) v[i] = kept[i] ? v[i] * factor : 0.0f;
         if (residual != nullptr) {
             float more[V];
             load_once<T, V>(residual + row * n + column).unpack(more);

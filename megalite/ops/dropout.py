@@ -14,14 +14,23 @@ from torch import Tensor
 
 from megalite.ops import backend
 from megalite.ops.registry import define
-from megalite.ops.splitmix import mix, uniform
+from megalite.ops.splitmix import mix
 
 # h hidden
 
 
 def keep_mask(hashed: Tensor, columns: Tensor, p: float) -> Tensor:
-    """True with probability 1 - p: `hashed` row keys [..., 1] and `columns` [n] give [..., n]."""
-    return uniform(mix(hashed ^ columns)) >= p
+    """True with probability 1 - p: `hashed` row keys [..., 1] and `columns` [n] give [..., n].
+
+    Columns 2 i and 2 i + 1 share a hash: its lower and its upper 32 bits, numbers with a sign.
+    """
+    halves = mix(hashed ^ (columns >> 1)) >> 32 * (columns & 1)
+    return halves.to(torch.int32) >= _least(p)
+
+
+def _least(p: float) -> int:
+    """What a number of 32 bits and a sign is not below with probability 1 - p."""
+    return min(math.ceil(p * 2**32) - 2**31, 2**31 - 1)
 
 
 def dropout(x: Tensor, hashed: Tensor, p: float, residual: Tensor | None = None) -> Tensor:
@@ -58,10 +67,9 @@ def _kernel(a: _Inputs) -> Tensor:
     x, y = a.x.contiguous(), _shapes(a)
     hashed = a.hashed.expand(*x.shape[:-1], 1).contiguous()
     residual = None if a.residual is None else a.residual.expand_as(x).contiguous()
-    # uniform(bits) is a number of 53 bits over 2^53; the product with a power of 2 is exact.
-    least, factor = math.ceil(a.p * 2**53), 1.0 / (1.0 - a.p)
     sizes = hashed.numel(), x.shape[-1]
-    backend.launch("dropout", x, y, x, residual, hashed, *sizes, least, factor)
+    how = _least(a.p), 1.0 / (1.0 - a.p)
+    backend.launch("dropout", x, y, x, residual, hashed, *sizes, *how)
     return y
 
 

@@ -234,12 +234,14 @@ def test_mask_is_bit_for_bit_that_of_the_reference(emulated, h, dtype):
 
 
 def test_mask_is_the_reference_s_where_a_number_is_exactly_p(emulated):
-    hashed = names(1)
-    drawn_numbers = rng.uniform(rng.mix(hashed ^ torch.arange(64)))[0]
-    for number in drawn_numbers[:16].tolist():
-        for p in (number, torch.tensor(number).nextafter(torch.tensor(0.0)).item()):
-            kept = dropout(torch.ones(1, 64), hashed, p) != 0
-            assert torch.equal(kept, keep_mask(hashed, torch.arange(64), p))
+    hashed, columns = names(1), torch.arange(64)
+    halves = (rng.mix(hashed ^ columns // 2) >> 32 * (columns % 2)).to(torch.int32)[0]
+    for i in range(16):
+        p = (halves[i].item() + 2**31) / 2**32
+        for p, kept in ((p, True), (p + 2**-33, False)):
+            mask = dropout(torch.ones(1, 64), hashed, p) != 0
+            assert mask[0, i] == kept
+            assert torch.equal(mask, keep_mask(hashed, columns, p))
     assert emulated.count == 32
 
 

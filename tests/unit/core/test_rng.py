@@ -117,3 +117,10 @@ def test_dropout_keeps_the_mean_and_drops_the_asked_share():
     n = y.numel()
     assert abs((y == 0).double().mean().item() - 0.3) < 4.5 * math.sqrt(0.21 / n)
     assert torch.allclose(y[y > 0], torch.tensor(1 / 0.7))
+
+
+def test_dropout_drops_neighbours_that_share_a_hash_independently():
+    dropped = mask_of(256, 8, 64, samples=torch.arange(8)) == 0
+    both = dropped[..., 0::2] & dropped[..., 1::2]
+    n, p = both.numel(), 0.3 * 0.3
+    assert abs(both.double().mean().item() - p) < 4.5 * math.sqrt(p * (1 - p) / n)
