@@ -30,7 +30,9 @@ def adamw_(
     overwritten. `copy` is given the new parameters. The kernel does all of it in one pass.
     """
     rates = (lr, beta1, beta2, eps, weight_decay)
-    if param.dtype == torch.float32 and backend.takes(param, grad, exp_avg, exp_avg_sq, copy):
+    states = (param, exp_avg, exp_avg_sq, factor)
+    in_float32 = all(t is None or t.dtype == torch.float32 for t in states)
+    if in_float32 and backend.takes(*states, grad, copy):
         kind = backend.TYPES[torch.float32 if copy is None else copy.dtype]
         given = (param, exp_avg, exp_avg_sq, grad, copy, kind, factor, None)
         backend.launch("adamw", grad, *given, param.numel(), step, *rates)

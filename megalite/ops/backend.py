@@ -80,9 +80,14 @@ def takes(*tensors: Tensor | None) -> bool:
     return all(t is None or t.device.type == device and t.dtype in known for t in tensors)
 
 
+def alike(*tensors: Tensor | None) -> bool:
+    """Whether those of them that hold numbers have one type: a kernel reads all by one."""
+    return len({t.dtype for t in tensors if t is not None and t.is_floating_point()}) <= 1
+
+
 def takes_alike(*tensors: Tensor | None) -> bool:
     """Whether they do, of a kernel that has one type for all of these."""
-    return takes(*tensors) and len({t.dtype for t in tensors if t is not None}) == 1
+    return takes(*tensors) and alike(*tensors)
 
 
 def launch(name: str, like: Tensor, *args: Any) -> None:

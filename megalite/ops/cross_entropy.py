@@ -44,6 +44,7 @@ class Part(NamedTuple):
 def begin(logits: Tensor, part: Part) -> tuple[Tensor, Tensor | None]:
     """Largest logit of each row of `logits` [t, v]: [t]; and what kernels have found besides."""
     if backend.takes(logits):
+        assert logits.is_contiguous(), "logits are overwritten where they lie"
         top = logits.new_empty(len(logits), dtype=torch.float32)
         sums = logits.new_empty(3, len(logits), dtype=torch.float32)
         sizes = (*logits.shape, part.known)

@@ -62,6 +62,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, weight, bias, eps, centered):
+        ctx.set_materialize_grads(False)  # a sum that nobody uses has no gradient to be read
         y, total, mean, rstd = _forward(x, residual, weight, bias, eps, centered)
         ctx.save_for_backward(x if residual is None else total, weight, mean, rstd)
         ctx.has_bias, ctx.adds = bias is not None, residual is not None
@@ -70,10 +71,17 @@ class _Norm(torch.autograd.Function):
         return total, y
 
     @staticmethod
-    def backward(ctx, dtotal: Tensor, dy: Tensor):
-        more = dtotal if ctx.adds else None
-        dx, dweight, dbias = _backward(dy, more, *ctx.saved_tensors, ctx.has_bias)
+    def backward(ctx, dtotal: Tensor | None, dy: Tensor | None):
+        x, *others = ctx.saved_tensors
+        dy, more = torch.zeros_like(x) if dy is None else dy, dtotal if ctx.adds else None
+        dx, dweight, dbias = _backward(dy, more, x, *others, ctx.has_bias)
         return dx, dx if ctx.adds else None, dweight, dbias if ctx.has_bias else None, None, None
+
+
+def _fit(x: Tensor, rows: tuple[Tensor | None, ...], weights: tuple[Tensor | None, ...]) -> bool:
+    """Whether `rows` are of the type of `x`, and `weights` all of that one or all of float32."""
+    in_float32 = all(w is None or w.dtype == torch.float32 for w in weights)
+    return backend.alike(x, *rows) and (in_float32 or backend.alike(x, *weights))
 
 
 # -- forward -----------------------------------------------------------------------------------
@@ -175,6 +183,7 @@ _forward = define(
     kernel=_forward_kernel,
     reference=_forward_reference,
     shapes=_forward_shapes,
+    fits=lambda a: _fit(a.x, (a.residual,), (a.weight, a.bias)),
 )
 _backward = define(
     "norm_backward",
@@ -183,4 +192,5 @@ _backward = define(
     kernel=_backward_kernel,
     reference=_backward_reference,
     shapes=_backward_shapes,
+    fits=lambda a: _fit(a.x, (a.dy, a.dtotal), (a.weight,)),
 )

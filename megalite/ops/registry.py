@@ -26,12 +26,14 @@ def define(
     kernel: Callable[[Any], Any],
     reference: Callable[[Any], Any],
     shapes: Callable[[Any], Any],
+    fits: Callable[[Any], bool] | None = None,
 ) -> Callable[..., Any]:
     """A function of the fields of the named tuple `inputs`, which gives `outputs` tensors.
 
     Where our kernels take its tensors it is the op torch.ops.megalite.<name>, which runs `kernel`
     of the tuple, or `shapes`, which gives empty results. Elsewhere it is `reference` itself, so
-    that torch sees what that is made of; tests hold `kernel` against it.
+    that torch sees what that is made of; tests hold `kernel` against it. `fits` says of the tuple
+    whether the kernel knows this mixture of types; without it, all numbers have to be of one.
     """
     kinds = get_type_hints(inputs).items()
     takes = ", ".join(f"{_KINDS[kind]} {field}" for field, kind in kinds)
@@ -40,7 +42,8 @@ def define(
     op = getattr(torch.ops.megalite, name).default
 
     def ours(given: Any) -> bool:
-        return backend.takes(*(x for x in given if isinstance(x, Tensor)))
+        tensors = [x for x in given if isinstance(x, Tensor)]
+        return backend.takes(*tensors) and (fits(given) if fits else backend.alike(*tensors))
 
     def run(*args: Any) -> Any:
         given = inputs(*args)

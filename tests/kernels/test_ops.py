@@ -61,6 +61,38 @@ def test_reference_and_kernels_agree(emulated, name):
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+NARROW = torch.bfloat16
+MIXED = {
+    "norm, of the residual": ("norm", (X.to(NARROW), X, W.to(NARROW), W.to(NARROW), 1e-5, True)),
+    "norm, of the weights": ("norm", (X, X, W.to(NARROW), W.to(NARROW), 1e-5, True)),
+    "norm, of the bias": ("norm", (X.to(NARROW), None, W, W.to(NARROW), 1e-5, True)),
+    "softmax, of the bias": ("softmax", (SCORES.to(NARROW), None, SCORES, False, 0, 1.0)),
+    "gelu, of the bias": ("gelu", (X, W.to(NARROW), True)),
+    "swiglu, of the gradient": ("swiglu_backward", (X[:, :16].to(NARROW), X)),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_what_a_kernel_would_read_by_another_type_is_the_reference_s(emulated, name):
+    op, given = MIXED[name]
+    ours = getattr(OPS, op)(*given)
+    assert emulated.count == 0
+    backend.use_library(None)
+    torch.testing.assert_close(ours, getattr(OPS, op)(*given), rtol=0, atol=0)
+
+
+def test_sum_that_nobody_uses_has_no_gradient_to_be_read(emulated, monkeypatch):
+    x, residual = X.clone().requires_grad_(), X.clone().requires_grad_()
+    seen = []
+    launch = backend.launch
+    monkeypatch.setattr(backend, "launch", lambda *args: (seen.append(args), launch(*args)))
+    add_layer_norm(x, residual, W, W, 1e-5)[1].backward(X)
+    assert [args[0] for args in seen] == ["norm_forward", "norm_backward"]
+    assert sum(arg is None for arg in seen[1]) == 1  # dsum: all else is there
+    layer_norm(x + residual.detach(), W, W, 1e-5).backward(X)
+    torch.testing.assert_close(x.grad, 2 * residual.grad)
+
+
 def test_shapes_on_a_gpu_that_is_not_there(emulated):
     with FakeTensorMode():
         x, w = (
