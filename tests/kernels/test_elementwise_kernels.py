@@ -237,8 +237,8 @@ def test_mask_is_the_reference_s_where_a_number_is_exactly_p(emulated):
     hashed, columns = names(1), torch.arange(64)
     halves = (rng.mix(hashed ^ columns // 2) >> 32 * (columns % 2)).to(torch.int32)[0]
     for i in range(16):
-        p = (halves[i].item() + 2**31) / 2**32
-        for p, kept in ((p, True), (p + 2**-33, False)):
+        exact = (halves[i].item() + 2**31) / 2**32
+        for p, kept in ((exact, True), (exact + 2**-33, False)):
             mask = dropout(torch.ones(1, 64), hashed, p) != 0
             assert mask[0, i] == kept
             assert torch.equal(mask, keep_mask(hashed, columns, p))
