@@ -7,6 +7,7 @@ The limit of each is a plain copy on the device of as many bytes as the op must 
 same run: `of copy` is the copy's time over the op's. Calls are replayed from CUDA graphs, so that
 no time of the host is in them, each after other data were read into the L2 cache; figures are
 medians. `off` is the largest difference of our result from torch's, over torch's largest number.
+What torch compiles comes last, since compiling takes longest; OUT is whole after every case.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from kernel_cases import DRY, GROUPS, Call, Case, Sizes, peers
+from kernel_cases import COMPILED, DRY, GROUPS, Call, Case, Sizes, peers
 from torch import Tensor
 
 from megalite.core.errors import UserError
+from megalite.data.atomic import write_atomic
 from megalite.ops import backend
 from megalite.ops.library import NoKernels
+
+WARM_UP = 0.1
+"""Seconds."""
 
 
 class Timer:
@@ -62,6 +68,7 @@ class Timer:
         with torch.cuda.graph(graph, stream=self.stream):
             call()
         marks = []
+        self._warm_up()
         for _ in range(self.rounds):
             self._others.sum()  # read, so that nothing waits in the cache to be written
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -71,6 +78,13 @@ class Timer:
             marks.append((start, end))
         torch.cuda.synchronize()
         return statistics.median(start.elapsed_time(end) for start, end in marks)
+
+    def _warm_up(self) -> None:
+        """A GPU that was idle, while something was compiled, takes a while to its full clock."""
+        until = time.perf_counter() + WARM_UP
+        while time.perf_counter() < until:
+            self._others.sum()
+            torch.cuda.synchronize()
 
     def copy(self, nbytes: int) -> float:
         """A copy that reads half of so many bytes and writes the other half."""
@@ -92,14 +106,24 @@ def difference(ours: Any, theirs: Any) -> float:
 
 
 def rows_of(case: Case, timer: Timer, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
-    """A row for each system; on a CPU no goal is met or missed."""
+    """A row for each system; on a CPU no goal is met or missed.
+
+    Another's failure is its row's `not_run`; ours ends the run.
+    """
     goals = {"of_copy": case.goal, "ms": case.most_ms, "over_torch": case.over_torch}
     on_gpu = timer.device.type == "cuda"
     off = None
-    if case.same:
+    if case.same and {"megalite", "torch"} <= set(case.systems):
         off = difference(case.systems["megalite"](), case.systems["torch"]())
     copy = timer.copy(case.nbytes)
-    took = {name: timer(call) for name, call in case.systems.items()}
+    took: dict[str, float | str] = {}
+    for name, call in case.systems.items():
+        try:
+            took[name] = timer(call)
+        except Exception as error:
+            if name == "megalite":
+                raise
+            took[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     for name, ms in took.items():
         row: dict[str, Any] = {
             "system": name,
@@ -107,16 +131,18 @@ def rows_of(case: Case, timer: Timer, dtype: torch.dtype) -> Iterator[dict[str, 
             "workload": f"{case.op} {'x'.join(map(str, case.shape))}",
             "world": 1,
             "dtype": str(dtype).removeprefix("torch."),
-            "ms": ms,
-            "copy_ms": copy,
-            "of_copy": copy / ms,
-            "gb_per_s": case.nbytes / ms / 1e6,
         }
+        if isinstance(ms, str):
+            yield row | {"not_run": ms}
+            continue
+        row |= {"ms": ms, "copy_ms": copy, "of_copy": copy / ms}
+        row["gb_per_s"] = case.nbytes / ms / 1e6
         if name == "megalite":
-            row |= {"off": off, "over_torch": took["torch"] / ms}
+            torchs = took["torch"]
+            row |= {"off": off, "over_torch": None if isinstance(torchs, str) else torchs / ms}
             row["goals"] = {name: goal for name, goal in goals.items() if goal is not None}
             reached = (
-                ms <= goal if name == "ms" else row[name] >= goal
+                ms <= goal if name == "ms" else (row[name] or 0.0) >= goal
                 for name, goal in row["goals"].items()
             )
             row["met"] = all(reached) if on_gpu else None
@@ -125,13 +151,13 @@ def rows_of(case: Case, timer: Timer, dtype: torch.dtype) -> Iterator[dict[str, 
 
 def line_of(row: dict[str, Any], dry: bool) -> str:
     """A line of the table."""
-    line = (
-        f"{row['workload']:<48}{row['system']:<15}{row['ms']:>9.4f}{row['gb_per_s']:>9.0f}"
-        f"{100 * row['of_copy']:>8.1f}%"
-    )
+    head = f"{row['workload']:<48}{row['system']:<15}"
+    if "not_run" in row:
+        return f"{head} not run: {row['not_run']}"
+    line = f"{head}{row['ms']:>9.4f}{row['gb_per_s']:>9.0f}{100 * row['of_copy']:>8.1f}%"
     if row["system"] != "megalite":
         return line
-    words = f"  {row['over_torch']:.2f}x torch"
+    words = "" if row["over_torch"] is None else f"  {row['over_torch']:.2f}x torch"
     words += "" if row["off"] is None else f", off {row['off']:.1e}"
     if row["goals"] and not dry:
         goals = ", ".join(f"{name} {goal:g}" for name, goal in row["goals"].items())
@@ -166,18 +192,30 @@ def main(argv: list[str] | None = None) -> int:
     print(f"on {where}; torch {torch.__version__}" + (f"; not run: {absent}" if absent else ""))
     print(f"\n{HEADER}")
     timer, rows = Timer(sizes.device, args.rounds), []
+    # One formula stands for norms of all widths, each of which is compiled.
+    torch._dynamo.config.recompile_limit = 64
     with torch.cuda.stream(timer.stream):
-        for name, cases in GROUPS.items():
-            if args.only not in (None, name):
-                continue
-            for case in cases(sizes):
+        for compiled in (False, True):
+            for case in _cases(sizes, args.only, compiled=compiled):
                 for row in rows_of(case, timer, sizes.dtype):
                     rows.append(row)
                     print(line_of(row, args.dry_run), flush=True)
-            torch._dynamo.reset()
-    if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+                if args.json:
+                    with write_atomic(args.json) as file:
+                        file.write((json.dumps(rows, indent=1) + "\n").encode())
     return 0
+
+
+def _cases(sizes: Sizes, only: str | None, *, compiled: bool) -> Iterator[Case]:
+    """Each with the systems that torch compiles, or with the others."""
+    for name, cases in GROUPS.items():
+        if only not in (None, name):
+            continue
+        for case in cases(sizes):
+            some = {n: call for n, call in case.systems.items() if (n == COMPILED) == compiled}
+            if some:
+                yield replace(case, systems=some)
+        torch._dynamo.reset()
 
 
 if __name__ == "__main__":

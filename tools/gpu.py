@@ -8,8 +8,10 @@
 
 Uses the interpreter that runs it, and installs nothing: pure-Python packages that it lacks are
 taken from vendor-wheels/, which `make wheels` fills on a machine with a network. Whatever else is
-missing is named at once. Every figure goes to docs/gpu/DATE-DEVICE.json, and its tables to a
-Markdown file beside it; those of a dry run to runs/gpu-dry-run.
+missing is named at once. Checks run beside each other where there are cores for it, and what is
+timed runs alone. Every figure goes to docs/gpu/DATE-DEVICE.json, and its tables to a Markdown file
+beside it, anew after each step, so that what ends it early leaves all that was done; those of a dry
+run to runs/gpu-dry-run.
 """
 
 from __future__ import annotations
@@ -19,13 +21,19 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import distributions
 from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +41,8 @@ ROOT = Path(__file__).resolve().parents[1]
 WHEELS = ROOT / "vendor-wheels"
 BUDGET = 540.0
 """Seconds for all steps: an hour of GPU yields the whole picture many times."""
+CORES_OF_A_CHECK = 3
+"""So many for each of those that run beside each other."""
 NEEDED = ("torch", "numpy", "pytest", "hypothesis", "safetensors", "regex", "tyro", "tqdm")
 NEEDED += ("tensorboard", "matplotlib")
 WORKLOADS = ("gpt2-124m", "gpt3-1.3b", "llama-7b-wide")
@@ -50,10 +60,16 @@ class Step:
     rows: Path | None = None
     wants: str = ""
     """A program without which it is not run, and said to be."""
+    most: float = BUDGET
+    """Seconds, so that none takes the time of all others."""
+    timed: bool = True
+    """It runs alone: figures of a GPU that others use, too, are worth nothing."""
+    environment: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
-    outcome: str = ""
+    outcome: str = "not run yet"
     figures: Any = None
     tail: list[str] = field(default_factory=list)
+    process: subprocess.Popen | None = None
 
 
 def steps_of(python: str, work: Path, dry: bool) -> list[Step]:
@@ -66,23 +82,36 @@ def steps_of(python: str, work: Path, dry: bool) -> list[Step]:
         path = work / f"{name}.json"
         return path, ["--json", str(path)]
 
-    steps = []
     if dry:
-        steps.append(Step("kernels", "build", [python, "kernels/build.py", "--emulated"]))
+        build = [python, "kernels/build.py", "--emulated"]
         quick = ["tests/kernels/test_adamw_kernel.py"]
     else:
-        steps.append(Step("kernels", "build", [python, "kernels/build.py", *_own_arch()]))
+        build = [python, "kernels/build.py", *_own_arch()]
         quick = ["tests/gpu/test_kernels.py"]
+    steps = [Step("kernels", "build", build, most=90)]
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    steps.append(Step("kernels", "tests", [*pytest, *(quick if dry else ["tests/gpu"])]))
-    few = ["-k", "adamw or (softmax and causal) or (norm and residual)"]
+    tests = [*pytest, *(quick if dry else ["tests/gpu"])]
+    steps.append(Step("kernels", "tests", tests, most=200, timed=False))
+    few = ["-k", "adamw or (softmax and causal) or (norm and (residual or rows_of_a_block))"]
     for kind in ("memcheck", "racecheck"):
-        sanitizer = ["compute-sanitizer", "--tool", kind, "--error-exitcode", "9"]
-        command = [*sanitizer, *pytest, *quick, *few]
-        steps.append(Step("kernels", kind, command, wants="compute-sanitizer"))
+        # torch asks the driver for things that it may not have, and goes on without.
+        how = ["--tool", kind, "--error-exitcode", "9", "--report-api-errors", "no"]
+        command = ["compute-sanitizer", *how, *pytest, *quick, *few]
+        check = Step("kernels", kind, command, wants="compute-sanitizer", most=200, timed=False)
+        # Each tensor is an allocation of its own: beyond one is not inside another.
+        check.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+        steps.append(check)
+    for precision in ("fp32", "bf16"):
+        path, json_out = out(f"verify-{precision}")
+        args = ["--random", "2" if dry else "40", "--max-ranks", "2" if dry else "8", *json_out]
+        args += ["--device", "cpu" if dry else "cuda", "--precision", precision, "--steps", "2"]
+        command = [python, "-m", "megalite", "verify", *args]
+        verify = Step("layouts", f"verify {precision}", command, path, most=200, timed=False)
+        steps.append(verify)
     path, json_out = out("kernels")
     small = ["--dry-run", "--rounds", "2"] if dry else []
-    steps.append(Step("kernels", "bench", tool("bench_kernels", *small, *json_out), path))
+    bench = tool("bench_kernels", *small, *json_out)
+    steps.append(Step("kernels", "bench", bench, path, most=120))
     for workload in ("tiny",) if dry else WORKLOADS:
         for backend, more, count in FORMS[:1] if dry else FORMS:
             path, json_out = out(f"train-{workload}-{'-'.join([backend, *more])}")
@@ -90,18 +119,12 @@ def steps_of(python: str, work: Path, dry: bool) -> list[Step]:
             args += ["--steps", "2", "--warmup", "1"] if dry else ["--steps", str(count)]
             args += ["--device", "cpu" if dry else "cuda", "--ops-backend", backend]
             name = " ".join([workload, backend, *more])
-            steps.append(Step("train", name, tool("bench_train", *args), path))
+            steps.append(Step("train", name, tool("bench_train", *args), path, most=90))
     for precision in ("fp32", "bf16"):
         path, json_out = out(f"generate-{precision}")
         args = ["--device", "cpu" if dry else "cuda", "--precision", precision, *json_out]
         args += ["--shape", "gpt2-tiny", "--rounds", "1"] if dry else ["--rounds", "5"]
-        steps.append(Step("generate", precision, tool("bench_generate", *args), path))
-    for precision in ("fp32", "bf16"):
-        path, json_out = out(f"verify-{precision}")
-        args = ["--random", "2" if dry else "40", "--max-ranks", "2" if dry else "8", *json_out]
-        args += ["--device", "cpu" if dry else "cuda", "--precision", precision, "--steps", "2"]
-        command = [python, "-m", "megalite", "verify", *args]
-        steps.append(Step("layouts", f"verify {precision}", command, path))
+        steps.append(Step("generate", precision, tool("bench_generate", *args), path, most=60))
     return steps
 
 
@@ -142,25 +165,44 @@ def missing(dry: bool) -> list[str]:
 # -- running -----------------------------------------------------------------------------------
 
 
-def run(step: Step, seconds: float) -> None:
-    """Run a step for at most so long, show what it prints, and keep what it gave."""
+def run(step: Step, deadline: float) -> None:
+    """Run a step until then or its own end, show what it prints, and keep what it gave."""
+    print(f"{step.part}: {step.name}: {' '.join(step.command)}", flush=True)
+    seconds = min(step.most, deadline - time.monotonic())
     if step.wants and shutil.which(step.wants) is None:
         step.outcome = f"not run: no {step.wants} here"
-        return
-    if seconds <= 0:
+    elif seconds <= 0:
         step.outcome = "not run: no time left"
-        return
+    else:
+        _run(step, seconds)
+    print(f"{step.part}: {step.name}: {step.outcome} ({step.seconds:.0f} s)", flush=True)
+
+
+def _run(step: Step, seconds: float) -> None:
     start, lines = time.monotonic(), []
+    # A session of its own, so that all it has started can be ended with it.
     with subprocess.Popen(
-        step.command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        step.command,
+        cwd=ROOT,
+        env={**os.environ, **step.environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     ) as process:
-        timer = _stop_after(process, seconds)
+        step.process = process
+        timer = threading.Timer(seconds, _end, [process])
+        timer.daemon = True
+        timer.start()
         assert process.stdout is not None
-        for line in process.stdout:
-            print(f"  {line}", end="", flush=True)
-            lines.append(without_places(line.rstrip()))
-        process.wait()
-        timer.cancel()
+        try:
+            for line in process.stdout:
+                print(f"  {step.name}: {line}", end="", flush=True)
+                lines.append(without_places(line.rstrip()))
+            process.wait()
+        finally:
+            timer.cancel()
+            _end(process)
     step.seconds = time.monotonic() - start
     step.tail = lines[-20:]
     code = process.returncode
@@ -171,13 +213,30 @@ def run(step: Step, seconds: float) -> None:
         step.figures = json.loads(step.rows.read_text(encoding="utf-8"))
 
 
-def _stop_after(process: subprocess.Popen, seconds: float) -> Any:
-    from threading import Timer
+def _end(process: subprocess.Popen) -> None:
+    """And all that it has started, if anything of that is left."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
-    timer = Timer(seconds, process.kill)
-    timer.daemon = True
-    timer.start()
-    return timer
+
+def run_all(steps: list[Step], done: Callable[[], None]) -> None:
+    """One after the other, but checks beside each other; `done` after each."""
+    deadline = time.monotonic() + BUDGET
+    beside = max(1, (os.cpu_count() or 1) // CORES_OF_A_CHECK)
+    for timed, some in groupby(steps, key=lambda step: step.timed):
+        with ThreadPoolExecutor(1 if timed else beside) as pool:
+            group = list(some)
+            running = [pool.submit(run, step, deadline) for step in group]
+            try:
+                for ended in as_completed(running):
+                    ended.result()
+                    done()
+            except BaseException:  # Ctrl-C, say, which reaches none of their sessions
+                pool.shutdown(wait=False, cancel_futures=True)
+                for step in group:
+                    if step.process is not None:
+                        _end(step.process)
+                raise
 
 
 def machine() -> dict[str, str]:
@@ -212,6 +271,22 @@ def without_places(text: str) -> str:
     return text.replace(sys.executable, "python3").replace(str(ROOT) + os.sep, "")
 
 
+KEPT = ("part", "name", "command", "outcome", "seconds", "figures", "tail")
+
+
+def write(about: dict[str, str], steps: list[Step], place: Path) -> None:
+    """All that has been found so far."""
+    rows = [{key: getattr(step, key) for key in KEPT} for step in steps]
+    for row in rows:
+        row["command"] = [without_places(word) for word in row["command"]]
+    text = json.dumps({**about, "steps": rows}, indent=1) + "\n"
+    place.with_suffix(".json").write_text(text, encoding="utf-8")
+    place.with_suffix(".md").write_text(report(about, steps), encoding="utf-8")
+    for step in steps:
+        if step.name == "bench" and step.figures:
+            draw(step.figures, place.with_suffix(".svg"))
+
+
 def draw(rows: list[dict], path: Path) -> None:
     """The ops' shares of a copy's speed as bars, one group for each op."""
     import matplotlib
@@ -219,6 +294,7 @@ def draw(rows: list[dict], path: Path) -> None:
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
+    rows = [row for row in rows if "not_run" not in row]
     ops = list(dict.fromkeys(row["workload"] for row in rows))
     systems = list(dict.fromkeys(row["system"] for row in rows))
     share = {(row["workload"], row["system"]): 100 * row["of_copy"] for row in rows}
@@ -270,9 +346,13 @@ def _kernel_table(rows: list[dict]) -> list[str]:
     lines += ["| op | system | ms | GB/s | of copy | over torch | goals |"]
     lines += ["|---|---|---|---|---|---|---|"]
     for row in rows:
+        if "not_run" in row:
+            head = f"| {row['workload']} | {row['system']} |"
+            lines.append(f"{head} not run: {row['not_run']} | | | | |")
+            continue
         goals, over = "", ""
         if row["system"] == "megalite" and row["met"] is not None:
-            over = f"{row['over_torch']:.2f}"
+            over = "" if row["over_torch"] is None else f"{row['over_torch']:.2f}"
             goals = ", ".join(f"{name} {goal:g}" for name, goal in row["goals"].items())
             goals += (": met" if row["met"] else ": **missed**") if goals else ""
         lines.append(
@@ -351,26 +431,12 @@ def main(argv: list[str] | None = None) -> int:
     for old in work.glob("*.json"):
         old.unlink()
     steps = [s for s in steps_of(sys.executable, work, args.dry_run) if args.part in (None, s.part)]
-    deadline = time.monotonic() + BUDGET
-    for step in steps:
-        print(f"{step.part}: {step.name}: {' '.join(step.command)}", flush=True)
-        run(step, deadline - time.monotonic())
-        print(f"{step.part}: {step.name}: {step.outcome} ({step.seconds:.0f} s)", flush=True)
     name = re.sub(r"[^A-Za-z0-9]+", "-", f"{about['date']}-{about['device']}").strip("-")
     name += f"-{args.part}" if args.part else ""
-    for step in steps:
-        step.command = [without_places(word) for word in step.command]
-        if step.name == "bench" and step.figures:
-            draw(step.figures, target / f"{name}.svg")
-    rows = [{key: getattr(step, key) for key in KEPT} for step in steps]
-    text = json.dumps({**about, "steps": rows}, indent=1) + "\n"
-    (target / f"{name}.json").write_text(text, encoding="utf-8")
-    (target / f"{name}.md").write_text(report(about, steps), encoding="utf-8")
+    run_all(steps, lambda: write(about, steps, target / name))
     print(f"written: {(target / name).relative_to(ROOT)}.json and .md")
     return 1 if any(step.outcome.startswith(("FAILED", "stopped")) for step in steps) else 0
 
-
-KEPT = ("part", "name", "command", "outcome", "seconds", "figures", "tail")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -23,6 +23,7 @@ from megalite.ops.softmax import scaled_softmax
 from megalite.ops.swiglu import swiglu
 
 EPS = 1e-5
+COMPILED = "torch.compile"
 Call = Callable[[], Any]
 
 
@@ -78,7 +79,7 @@ def with_others(ours: Call, torchs: Callable[..., Any], *args: Any, **others: Ca
     return {
         "megalite": ours,
         "torch": partial(torchs, *args),
-        "torch.compile": partial(compiled, *args),
+        COMPILED: partial(compiled, *args),
         **others,
     }
 
@@ -272,7 +273,7 @@ def cross_entropies(sizes: Sizes) -> Iterator[Case]:
 
     compiled = torch.compile(formula, dynamic=False)
     systems = {"megalite": ours}
-    for name, fn in (("torch", formula), ("torch.compile", compiled)):
+    for name, fn in (("torch", formula), (COMPILED, compiled)):
         systems[name] = lambda fn=fn: torch.autograd.grad(fn(logits, labels), logits)
     if "liger" in peers():
         from liger_kernel.transformers import functional as liger

@@ -8,10 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
+import bench_kernels  # noqa: E402
 import gpu  # noqa: E402
+import kernel_cases  # noqa: E402
 
 
 def run(*args: str, **env: str) -> subprocess.CompletedProcess:
@@ -42,6 +46,65 @@ def test_dry_run_writes_figures_and_tables_and_touches_no_docs():
     assert str(ROOT) not in written.read_text()
     table = written.with_suffix(".md").read_text()
     assert "| tiny |" in table and "## Training steps" in table
+
+
+def script(tmp_path, words: str, **fields) -> gpu.Step:
+    command = [sys.executable, "-c", words]
+    return gpu.Step("kernels", "script", command, tmp_path / "rows.json", **fields)
+
+
+def test_step_without_end_is_stopped_with_all_that_it_started(tmp_path):
+    """A child that holds the GPU on would be timed with the next step."""
+    child = "import time; time.sleep(60)"
+    words = (
+        f"import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', '{child}']);"
+        f"open({str(tmp_path / 'rows.json')!r}, 'w').write(str(child.pid)); child.wait()"
+    )
+    step = script(tmp_path, words, most=5.0)
+    gpu.run_all([step], lambda: None)
+    assert step.outcome == "stopped by its time or 9" and step.seconds < 60
+    status = Path(f"/proc/{step.figures}/stat")
+    assert not status.exists() or status.read_text().split()[2] == "Z"
+
+
+def test_what_is_written_after_each_step_is_whole(tmp_path):
+    steps = [script(tmp_path, "print('first')"), script(tmp_path, "import sys; sys.exit(3)")]
+    found = []
+
+    def done():
+        gpu.write({"device": "CPU", "date": "today"}, steps, tmp_path / "out")
+        found.append(json.loads((tmp_path / "out.json").read_text())["steps"])
+
+    gpu.run_all(steps, done)
+    assert [step["outcome"] for step in found[0]] == ["ok", "not run yet"]
+    assert [step["outcome"] for step in found[1]] == ["ok", "FAILED"]
+    assert found[1][0]["tail"] == ["first"]
+    assert "| kernels | script | FAILED |" in (tmp_path / "out.md").read_text()
+
+
+def test_checks_run_beside_each_other_and_what_is_timed_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu.os, "cpu_count", lambda: 2 * gpu.CORES_OF_A_CHECK)
+    words = "import time; print(time.time()); time.sleep(1); print(time.time())"
+    steps = [script(tmp_path, words, timed=timed) for timed in (False, False, True, True)]
+    gpu.run_all(steps, lambda: None)
+    spans = [tuple(map(float, step.tail)) for step in steps]
+    assert spans[0][0] < spans[1][1] and spans[1][0] < spans[0][1]
+    assert max(spans[0][1], spans[1][1]) <= spans[2][0] and spans[2][1] <= spans[3][0]
+
+
+def test_another_system_s_failure_is_a_row_of_its_own():
+    def fails():
+        raise RuntimeError("no such kernel\nand more")
+
+    systems = {"megalite": lambda: torch.ones(3), "torch": lambda: torch.ones(3), "liger": fails}
+    case = kernel_cases.Case("op", (3,), 24, systems, goal=0.9)
+    timer = bench_kernels.Timer(torch.device("cpu"), 2)
+    rows = list(bench_kernels.rows_of(case, timer, torch.float32))
+    assert [row.get("not_run") for row in rows] == [None, None, "RuntimeError: no such kernel"]
+    assert "not run: RuntimeError" in bench_kernels.line_of(rows[2], dry=True)
+    assert "| op 3 | liger | not run: RuntimeError: no such kernel |" in "\n".join(
+        gpu._kernel_table(rows)
+    )
 
 
 def test_bench_has_each_system_beside_a_copy(tmp_path):
