@@ -4,7 +4,8 @@
         results, output = ranks.run("megalite.train.verify:compare", 4, kwargs={...}, timeout=60)
 
 Each job's ranks are new processes with gloo between them; on GPUs with NCCL where each has its own.
-What the warm process does: zygote.py.
+With `keep` they live on from job to job, with a new process group for each: for jobs that leave
+nothing behind in their process. What the warm process does: zygote.py.
 """
 
 from __future__ import annotations
@@ -36,10 +37,14 @@ class Answer(NamedTuple):
 
 
 class Ranks:
-    """The warm process, started at the first job and ended by `close`."""
+    """The warm process, started at the first job and ended by `close`.
 
-    def __init__(self, device: str = "cpu") -> None:
-        self.device = device
+    `keep`: a job's ranks take the next one, too, so that a GPU is set up once a rank. After a job
+    that failed they are new.
+    """
+
+    def __init__(self, device: str = "cpu", *, keep: bool = False) -> None:
+        self.device, self.keep = device, keep
         self.process: subprocess.Popen[bytes] | None = None
         self.unread = b""
 
@@ -50,19 +55,34 @@ class Ranks:
         self.close()
 
     def run(
-        self, target: str, world: int, *, kwargs: dict, timeout: float, grace: float = 5.0
+        self,
+        target: str,
+        world: int,
+        *,
+        kwargs: dict,
+        timeout: float,
+        grace: float = 5.0,
+        device: str | None = None,
     ) -> Answer:
         """What `target` ("module:function") gives on each rank.
 
-        Ranks that still run `timeout` seconds after the start, or `grace` seconds after another
-        rank failed, are killed. Raises RunError with the failed ranks' tracebacks.
+        `device`: where this job computes, if not where the others do. Ranks that still run
+        `timeout` seconds after the start, or `grace` seconds after another rank failed, are killed.
+        Raises RunError with the failed ranks' tracebacks.
         """
         if self.process is None:
             self.start()
         assert self.process is not None and self.process.stdin is not None
-        job = {"target": target, "world": world, "device": self.device, "kwargs": kwargs}
-        line = json.dumps({**job, "timeout": timeout, "grace": grace}) + "\n"
-        self.process.stdin.write(line.encode())
+        job = {
+            "target": target,
+            "world": world,
+            "device": device or self.device,
+            "kwargs": kwargs,
+            "timeout": timeout,
+            "grace": grace,
+            "keep": self.keep,
+        }
+        self.process.stdin.write((json.dumps(job) + "\n").encode())
         answer = self.read(timeout + SPARE_SECONDS)
         if "error" in answer:
             raise RunError(f"{target} on {world} ranks: {answer['error']}")

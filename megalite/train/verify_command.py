@@ -1,8 +1,8 @@
 """`megalite verify`: layouts against one process, as a table; exit code 1 if any differs.
 
-It makes a small model of the given form, starts its own ranks, and shows for each layout the worst
-errors and where they are. What the ranks do: verify.py. What --random draws: covering.py. How it is
-shown: verify_table.py.
+It makes a small model of the given form, starts its own ranks, which go from row to row, and shows
+for each layout the worst errors and where they are. What the ranks do: verify.py. What --random
+draws: covering.py. How it is shown: verify_table.py.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 from megalite.core.config import Config, LayoutConfig, ModelConfig
 from megalite.core.errors import RunError, UserError
 from megalite.core.world import World
+from megalite.data.atomic import write_atomic
 from megalite.train.as_ranks import rounding_of
 from megalite.train.build import pick_device
 from megalite.train.covering import Coverage, Drawn, Space, draw_rows, name_of, small_ramp
@@ -82,21 +83,20 @@ def verify(run: VerifyRun) -> int:
     print(f"\n{HEADER}", flush=True)
     results = []
     scratch = tempfile.TemporaryDirectory(prefix="megalite-verify-")
-    with Ranks(config.train.device) as ranks, scratch as folder:
+    with Ranks(config.train.device, keep=True) as ranks, scratch as folder:
         for row in rows:
             numbers = numbers_of(row, precision, asked.fixed_order)
             results.append(compare_row(row, ranks, Path(folder), numbers, asked.steps))
+            if asked.json:  # after each row: a run that is killed leaves those that were done
+                tree = tree_of(run, precision, results, coverage, rows_asked=len(rows))
+                with write_atomic(asked.json) as file:
+                    file.write((json.dumps(tree, indent=1) + "\n").encode())
             print("\n".join(table_lines(results[-1])), flush=True)
     failed = sum(not result.ok for result in results)
     if coverage is not None:
         print("\n" + "\n".join(coverage_lines(coverage, drawn)))
     if len(results) > 1:
         print(f"\n{len(results)} layouts, {failed} differ from one process{in_bits(results)}")
-    if asked.json:
-        Path(asked.json).write_text(
-            json.dumps(tree_of(run, precision, results, coverage), indent=1) + "\n",
-            encoding="utf-8",
-        )
     return 1 if failed else 0
 
 
@@ -304,7 +304,8 @@ def reference_of(
     path = folder / f"{hashlib.sha256(json.dumps([job, asked]).encode()).hexdigest()[:16]}.npz"
     if not path.exists():
         try:
-            ranks.run(job, 1, kwargs={**asked, "out": str(path)}, timeout=ROW_SECONDS)
+            kwargs = {**asked, "out": str(path)}
+            ranks.run(job, 1, kwargs=kwargs, timeout=ROW_SECONDS, device="cpu")
         except RunError as error:
             raise RunError(f"verify: one process cannot run: {last_words(str(error))}") from None
     return path

@@ -163,9 +163,14 @@ def _in_words(combo: Combo) -> str:
 
 
 def tree_of(
-    run: VerifyRun, precision: str, results: list[Result], coverage: Coverage | None
+    run: VerifyRun,
+    precision: str,
+    results: list[Result],
+    coverage: Coverage | None,
+    *,
+    rows_asked: int,
 ) -> dict[str, Any]:
-    """The whole table as JSON has it."""
+    """The table as JSON has it, whole once it has all rows that were asked for."""
     rows = [
         {
             "layout": result.row.name,
@@ -189,9 +194,11 @@ def tree_of(
         "seed": run.train.seed,
         "fixed_order": run.verify.fixed_order,
         "tolerance": TOL[precision],
+        "rows_asked": rows_asked,
         "rows": rows,
     }
-    if coverage is not None:
+    # What is covered is counted over all drawn rows, which must have run for that to be true.
+    if coverage is not None and len(rows) == rows_asked:
         tree["combinations"] = {
             "legal": len(coverage.legal),
             "covered": len(coverage.covered),

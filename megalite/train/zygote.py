@@ -7,11 +7,14 @@ not compute: children of a parent that had run tensor operations or a backward h
 fork copies no threads but copies their locks. Nor can they use a GPU. Its other side is ranks.py,
 which sends one JSON line a job to its standard input:
 
-    {"target": "module:name", "world": 4, "kwargs": {...}, "timeout": 60.0, "grace": 5.0}
+    {"target": "module:name", "world": 4, "device": "cpu", "kwargs": {...}, "timeout": 60.0,
+     "grace": 5.0, "keep": false}
 
 and one JSON line comes back on standard output, {"results": [one a rank], "output": text} or
 {"error": text}. The target is called as name(rank, world, **kwargs) in each rank, inside a gloo
-process group if world > 1, and returns what JSON can hold.
+process group if world > 1, and returns what JSON can hold. A job's ranks end with it; with `keep`
+they wait for the next one, which forks only those that are missing. After a job that failed, all
+are new.
 """
 
 from __future__ import annotations
@@ -82,9 +85,13 @@ class Child:
 
     rank: int
     pid: int
-    alive: int
-    """Read end of a pipe whose only writer is the rank: end of file when it has died."""
+    jobs: int
+    """Write end of a pipe that the rank reads its jobs from, a line each."""
+    said: int
+    """Read end of a pipe whose only writer is the rank: a byte when it has left a result, end of
+    file when it has died."""
     status: int | None = None
+    """None while it lives."""
 
 
 class Zygote:
@@ -94,6 +101,8 @@ class Zygote:
         self.replies = replies
         # The other way round: the ranks read it, and end when its only writer, this process, has.
         self.lifeline, self.lifeline_writer = os.pipe()
+        self.ranks: list[Child] = []
+        """Those that live, by number: a job has as many of the first as it asks for."""
 
     def serve(self) -> None:
         """Answer every line of standard input with one line."""
@@ -102,50 +111,64 @@ class Zygote:
         with open(0, "rb", buffering=0, closefd=False) as lines:
             while line := lines.readline():
                 self.reply(self.run(json.loads(line)))
+        self.end_ranks()
 
     def reply(self, answer: dict) -> None:
         """Write one line."""
-        data = (json.dumps(answer) + "\n").encode()
-        while data:
-            data = data[os.write(self.replies, data) :]
+        write_line(self.replies, answer)
 
     def run(self, job: dict) -> dict:
-        """Fork the job's ranks, wait for them, and gather what they left."""
-        assert threading.active_count() == 1, "a thread would not survive the fork"
-        assert torch.get_num_threads() == 1, "start with OMP_NUM_THREADS=1"
+        """Give the job to its ranks, wait for them, and gather what they left."""
+        has_died = any(reap(child, os.WNOHANG) for child in self.ranks)
+        if has_died or not job["keep"]:
+            self.end_ranks()
         with tempfile.TemporaryDirectory(prefix="megalite-ranks-") as name:
             folder = Path(name)
-            children: list[Child] = []
+            is_kept = False
             try:
-                for rank in range(job["world"]):
-                    children.append(self.fork(rank, job, folder))
+                while len(self.ranks) < job["world"]:
+                    self.ranks.append(self.fork(len(self.ranks)))
+                children = self.ranks[: job["world"]]
+                for child in children:
+                    with contextlib.suppress(BrokenPipeError):  # it has died: `wait` will see
+                        write_line(child.jobs, {**job, "folder": name})
                 ended_by = self.wait(children, job["timeout"], job["grace"])
+                is_kept = job["keep"] and not ended_by and all(c.status is None for c in children)
             finally:
-                kill(children)
+                if not is_kept:
+                    self.end_ranks()
             return gather(children, ended_by, folder)
 
-    def fork(self, rank: int, job: dict, folder: Path) -> Child:
+    def end_ranks(self) -> None:
+        """End all that live; the next job has new ones."""
+        kill(self.ranks)
+        self.ranks = []
+
+    def fork(self, rank: int) -> Child:
         """Start one rank."""
-        alive, alive_writer = os.pipe()
+        assert threading.active_count() == 1, "a thread would not survive the fork"
+        assert torch.get_num_threads() == 1, "start with OMP_NUM_THREADS=1"
+        jobs, jobs_writer = os.pipe()
+        said, said_writer = os.pipe()
         pid = os.fork()
         if pid:
-            os.close(alive_writer)
-            return Child(rank, pid, alive)
+            os.close(jobs)
+            os.close(said_writer)
+            return Child(rank, pid, jobs_writer, said)
         code = 1
         try:
-            os.close(alive)
-            os.close(self.lifeline_writer)
-            os.close(self.replies)
-            code = run_rank(rank, job, folder, self.lifeline)
+            for fd in (jobs_writer, said, self.lifeline_writer, self.replies):
+                os.close(fd)
+            code = run_rank(rank, jobs, said_writer, self.lifeline)
         finally:
             # Never back into the server's loop, whatever happened.
             os._exit(code)
 
     def wait(self, children: list[Child], timeout: float, grace: float) -> str:
-        """Wait until all ranks have ended, or it is time to kill those left. Returns why it is."""
+        """Wait until all ranks are done, or it is time to kill those left. Returns why it is."""
         # The ranks' own stack dumps and group timeouts come first.
         deadline, why = time.monotonic() + timeout + 1.0, f"no end after {timeout:g} s"
-        running = {child.alive: child for child in children}
+        running = {child.said: child for child in children}
         while running:
             left = deadline - time.monotonic()
             if left <= 0:
@@ -153,17 +176,27 @@ class Zygote:
             ready, _, _ = select.select([0, *running], [], [], min(left, 1.0))
             if 0 in ready:
                 # The client sends nothing during a job: this is the end of file of its death.
-                kill(children)
+                self.end_ranks()
                 os._exit(1)
-            for alive, child in list(running.items()):
-                # Without end of file too: what a dead rank had forked may keep its pipe open.
-                if not reap(child, 0 if alive in ready else os.WNOHANG):
+            for said, child in list(running.items()):
+                if said in ready and os.read(said, 1):
+                    del running[said]
                     continue
-                del running[alive]
-                if child.status != 0 and time.monotonic() + grace < deadline:
+                # Without end of file too: what a dead rank had forked may keep its pipe open.
+                if not reap(child, 0 if said in ready else os.WNOHANG):
+                    continue
+                del running[said]
+                if time.monotonic() + grace < deadline:
                     deadline = time.monotonic() + grace
                     why = f"killed {grace:g} s after rank {child.rank} had failed"
         return ""
+
+
+def write_line(fd: int, tree: dict) -> None:
+    """Write `tree` to a pipe as one line of JSON."""
+    data = (json.dumps(tree) + "\n").encode()
+    while data:
+        data = data[os.write(fd, data) :]
 
 
 def reap(child: Child, flags: int = 0) -> bool:
@@ -172,7 +205,8 @@ def reap(child: Child, flags: int = 0) -> bool:
     if not pid:
         return False
     child.status = os.waitstatus_to_exitcode(status)
-    os.close(child.alive)
+    os.close(child.jobs)
+    os.close(child.said)
     end(os.killpg, child)
     return True
 
@@ -194,28 +228,53 @@ def end(how: Callable[[int, int], None], child: Child) -> None:
         how(child.pid, signal.SIGKILL)
 
 
-def run_rank(rank: int, job: dict, folder: Path, lifeline: int) -> int:
-    """Be one rank of `job`, leave its result or traceback in `folder`, return the exit code."""
+def run_rank(rank: int, jobs: int, said: int, lifeline: int) -> int:
+    """Be one rank: run each job that comes, until one fails. Returns the exit code."""
     os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    log = os.open(folder / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    for fd, target in ((nothing, 0), (log, 1), (log, 2)):
-        os.dup2(fd, target)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     faulthandler.enable()
+    threading.Thread(target=die_with_parent, args=(lifeline,), daemon=True).start()
+    with open(jobs, "rb") as lines:
+        for line in lines:
+            job = json.loads(line)
+            if not run_job(rank, job, Path(job["folder"])):
+                return 1
+            os.write(said, b".")
+    return 0
+
+
+def run_job(rank: int, job: dict, folder: Path) -> bool:
+    """Leave this rank's result in `folder`, or its traceback. Returns whether it has a result."""
+    log = os.open(folder / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for fd in (1, 2):
+        os.dup2(log, fd)
+    os.close(log)
     # A rank that hangs says where, just before it is killed.
     faulthandler.dump_traceback_later(job["timeout"])
-    threading.Thread(target=die_with_parent, args=(lifeline,), daemon=True).start()
     try:
         left = {"result": call(rank, job, folder)}
-        text, code = json.dumps(left), 0
+        if job["keep"]:
+            let_go()
+        text, is_well = json.dumps(left), True
     except BaseException:
         # Also SystemExit: a rank that leaves early has failed.
-        text, code = json.dumps({"traceback": traceback.format_exc(), "at": time.monotonic()}), 1
-    (folder / f"rank-{rank}.json").write_text(text, encoding="utf-8")
+        left = {"traceback": traceback.format_exc(), "at": time.monotonic()}
+        text, is_well = json.dumps(left), False
+    faulthandler.cancel_dump_traceback_later()
+    # Whole or absent: a rank may be killed while it writes.
+    part = folder / f"rank-{rank}.part"
+    part.write_text(text, encoding="utf-8")
+    part.rename(folder / f"rank-{rank}.json")
     sys.stdout.flush()
     sys.stderr.flush()
-    return code
+    return is_well
+
+
+def let_go() -> None:
+    """Give back what a job leaves, so that ranks that share a GPU hold no more than they use."""
+    gc.collect()  # a model and the groups of its mesh refer to themselves
+    torch.cuda.empty_cache()  # does nothing where CUDA was not asked for
 
 
 def call(rank: int, job: dict, folder: Path) -> object:
@@ -254,10 +313,7 @@ def gather(children: list[Child], ended_by: str, folder: Path) -> dict:
     left, logs = {}, {}
     for child in children:
         file, log = folder / f"rank-{child.rank}.json", folder / f"rank-{child.rank}.log"
-        # A rank that was killed while it wrote leaves half a line; its exit status says enough.
-        left[child.rank] = (
-            json.loads(file.read_text()) if file.exists() and child.status in (0, 1) else {}
-        )
+        left[child.rank] = json.loads(file.read_text()) if file.exists() else {}
         logs[child.rank] = log.read_text(errors="replace").strip() if log.exists() else ""
     if not ended_by and all("result" in left[c.rank] for c in children):
         output = "\n".join(f"[rank {rank}] {text}" for rank, text in logs.items() if text)

@@ -15,7 +15,18 @@ from hypothesis import strategies as st
 from megalite import __main__ as front
 from megalite.core.config import Config, DataConfig, LayoutConfig, ModelConfig, TrainConfig
 from megalite.core.errors import UserError
-from megalite.train.covering import ALL_AXES, FACTORS, FORMS, TRIPLES, Space, combos_of, draw_rows
+from megalite.train import verify_command
+from megalite.train.covering import (
+    ALL_AXES,
+    FACTORS,
+    FORMS,
+    TRIPLES,
+    Coverage,
+    Drawn,
+    Space,
+    combos_of,
+    draw_rows,
+)
 from megalite.train.verify import TOL, other_rounding
 from megalite.train.verify_command import (
     compare_row,
@@ -25,7 +36,7 @@ from megalite.train.verify_command import (
     result_of,
     small_model,
 )
-from megalite.train.verify_table import IN_BITS, PLAIN, Numbers, Row, table_lines
+from megalite.train.verify_table import IN_BITS, PLAIN, Numbers, Result, Row, table_lines
 
 JOBS = "tests.ranks.verify_jobs"
 DRAWN = 60
@@ -117,6 +128,77 @@ def test_mistake_is_one_line(line, text, outside_torchrun, tmp_path, monkeypatch
     assert verify(line) == 2
     shown = capsys.readouterr()
     assert (shown.out, shown.err) == ("", f"megalite: error: {text}\n")
+
+
+# -- row after row -----------------------------------------------------------------------------
+
+NOTED = """
+import os
+from pathlib import Path
+from megalite.layers.attention import Attention
+
+class Noted(Attention):
+    def __init__(self, cfg, mesh, **kwargs):
+        super().__init__(cfg, mesh, **kwargs)
+        (Path(__file__).parent / f"{os.getpid()}.pid").touch()
+        if mesh.axis("tp").size > 1:
+            raise KeyError("the number 17 is missing")
+"""
+
+
+@pytest.fixture
+def three_rows(monkeypatch):
+    """`--random 3` draws these: dp 2, tp 2, pp 2."""
+
+    def draw(space: Space, count: int, seed: int) -> tuple[list[Drawn], Coverage]:
+        return [space.draw({**space.begin, axis: 2}) for axis in ("dp", "tp", "pp")], Coverage()
+
+    monkeypatch.setattr(verify_command, "draw_rows", draw)
+
+
+def test_ranks_live_on_and_a_row_that_raises_does_not_spoil_the_next(
+    outside_torchrun, three_rows, tmp_path, capsys
+):
+    (tmp_path / "noted.py").write_text(NOTED)
+    own, out = f"{tmp_path}/noted.py:Noted", tmp_path / "table.json"
+    line = f"--random 3 --steps 1 --precision fp32 --attention {own} --json {out}"
+    assert verify(line) == 1
+    shown = capsys.readouterr().out
+    assert re.findall(r"^(ok|FAIL) +(\d)", shown, re.MULTILINE) == [
+        ("ok", "2"), ("FAIL", "2"), ("ok", "2"),
+    ]  # fmt: skip
+    assert re.search(r"^        rank [01]: KeyError: 'the number 17 is missing'$", shown, re.M)
+    assert "3 layouts, 1 differ from one process" in shown
+    assert [row["ok"] for row in json.loads(out.read_text())["rows"]] == [True, False, True]
+    # Two ranks until the second row, and two from the third: each row has two runs of one process
+    # and one of two.
+    assert len(list(tmp_path.glob("*.pid"))) == 4
+
+
+def test_table_of_an_interrupted_run_has_the_rows_that_were_done(
+    outside_torchrun, three_rows, tmp_path, monkeypatch
+):
+    out = tmp_path / "table.json"
+    found = []
+
+    def compare(row: Row, ranks: object, folder: Path, numbers: Numbers, steps: int) -> Result:
+        found.append(len(json.loads(out.read_text())["rows"]) if out.exists() else 0)
+        if len(found) == 3:
+            raise KeyboardInterrupt
+        return Result(row, numbers, 0.1)
+
+    monkeypatch.setattr(verify_command, "compare_row", compare)
+    assert verify(f"--random 3 --json {out}") == front.INTERRUPTED
+    assert found == [0, 1, 2]
+    table = json.loads(out.read_text())
+    assert (table["rows_asked"], len(table["rows"])) == (3, 2)
+    assert "combinations" not in table and list(tmp_path.iterdir()) == [out]
+
+
+def test_reference_of_ranks_on_a_gpu_needs_none(ranks, tmp_path, monkeypatch):
+    monkeypatch.setattr(ranks, "device", "cuda")  # of which there need not be any
+    row = given_row(Config(), most=1)
+    assert reference_of(row, ranks, tmp_path, 1).exists()
 
 
 # -- a user's own attention --------------------------------------------------------------------

@@ -156,6 +156,103 @@ def test_a_killed_rank_is_noticed_though_its_fork_lives_on(run_ranks, tmp_path):
     assert wait_for(lambda: not is_held(lock))
 
 
+# -- ranks that are kept -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def kept(ranks, monkeypatch):
+    """The warm process, whose ranks live on from job to job."""
+    monkeypatch.setattr(ranks, "keep", True)
+    return ranks
+
+
+def pids(ranks: Ranks, world: int) -> list[int]:
+    reports = ranks.results(f"{JOBS}:report", world, kwargs={"scale": 1}, timeout=20)
+    return [report["pid"] for report in reports]
+
+
+def test_kept_ranks_take_job_after_job_in_worlds_of_any_size(kept, monkeypatch):
+    monkeypatch.setattr(kept, "keep", False)
+    before = pids(kept, 2)
+    monkeypatch.setattr(kept, "keep", True)
+    first = pids(kept, 2)
+    assert not set(first) & set(before)
+    assert kept.results(f"{JOBS}:sum_of_ranks", 4, kwargs={}, timeout=20) == [[10.0, 30.0]] * 4
+    assert kept.results(f"{JOBS}:sum_of_ranks", 3, kwargs={}, timeout=20) == [[6.0, 14.0]] * 3
+    (alone,) = kept.results(f"{JOBS}:report", 1, kwargs={"scale": 1}, timeout=20)
+    assert alone["pid"] == first[0] and not alone["grouped"]
+    assert pids(kept, 4)[:2] == first
+    monkeypatch.setattr(kept, "keep", False)
+    assert not set(pids(kept, 2)) & set(first)
+
+
+@pytest.mark.parametrize(
+    ("job", "kwargs", "text"),
+    [
+        ("one_raises_others_reduce", {"who": 1}, "KeyError: 'the number 17 is missing'"),
+        ("one_crashes", {"who": 0}, "rank 0 ended by SIGSEGV"),
+        ("one_hangs", {"who": 1}, "in sleep_on_purpose"),
+    ],
+)
+def test_after_a_job_that_failed_kept_ranks_are_new(kept, job, kwargs, text):
+    before = pids(kept, 3)
+    with pytest.raises(AssertionError, match=text):
+        kept.results(f"{JOBS}:{job}", 2, kwargs=kwargs, timeout=2, grace=0.2)
+    after = pids(kept, 3)
+    assert not set(after) & set(before)
+    assert not any(is_there(pid) for pid in before)
+    assert pids(kept, 3) == after
+
+
+def is_there(pid: int) -> bool:
+    """Whether there is such a process."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_a_kept_rank_that_dies_between_jobs_costs_no_job(kept):
+    before = pids(kept, 2)
+    os.kill(before[1], signal.SIGKILL)
+    # The warm process reaps it at the next job; this one is of ranks that live.
+    assert wait_for(lambda: not set(pids(kept, 1)) & set(before))
+    assert not set(pids(kept, 2)) & set(before)
+
+
+def test_kept_ranks_say_and_print_of_each_job_what_is_its_own(kept, capsys):
+    pids(kept, 2)
+    capsys.readouterr()
+    assert kept.results(f"{JOBS}:sum_of_ranks", 2, kwargs={}, timeout=20) == [[3.0, 5.0]] * 2
+    assert capsys.readouterr().out == ""
+    pids(kept, 2)
+    assert capsys.readouterr().out == "[rank 0] hello from 0\n[rank 1] hello from 1\n"
+
+
+def test_kept_ranks_hold_nothing_of_a_job_that_is_done(kept):
+    rows = [kept.results(f"{JOBS}:leaves_a_circle", 2, kwargs={}, timeout=20)[1] for _ in range(4)]
+    assert [row["jobs"] for row in rows] == [1, 2, 3, 4]
+    assert [row["here"] for row in rows] == [0, 0, 0, 0]
+    for what in ("files", "threads"):
+        assert rows[3][what] == rows[1][what], what
+
+
+def test_job_on_the_cpu_asks_ranks_of_gpus_for_none(ranks, monkeypatch):
+    monkeypatch.setattr(ranks, "device", "cuda")  # of which there need not be any
+    answer = ranks.run(f"{JOBS}:has_cuda", 1, kwargs={}, timeout=20, device="cpu")
+    assert answer.results == [False]
+
+
+def test_kept_ranks_and_what_they_started_end_with_their_command(tmp_path):
+    own, lock = Ranks(keep=True), tmp_path / "lock"
+    kwargs = {"lock": str(lock), "hang": False}
+    own.results(f"{JOBS}:starts_a_process", 1, kwargs=kwargs, timeout=60)
+    assert is_held(lock)
+    own.close()
+    assert wait_for(lambda: not is_held(lock))
+
+
 @pytest.mark.parametrize(
     ("body", "text"),
     [

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,7 @@ def report(rank: int, world: int, scale: int) -> dict:
         "threads": torch.get_num_threads(),
         "grouped": dist.is_initialized(),
         "session": os.getsid(0) == os.getpid(),
+        "pid": os.getpid(),
         "parent": os.getppid(),
         "warm": "megalite.schedule.check" in sys.modules,
     }
@@ -45,6 +47,29 @@ def train_a_little(rank: int, world: int) -> float:
     before = grad.sum().item()
     dist.all_reduce(grad)
     return grad.sum().item() / before
+
+
+LEFT: list[weakref.ref] = []
+"""What earlier jobs of this process left."""
+
+
+def leaves_a_circle(rank: int, world: int) -> dict:
+    """How much of earlier jobs is still here, while this one leaves what refers to itself."""
+    here = sum(ref() is not None for ref in LEFT)
+    layer = torch.nn.Linear(2, 2)
+    layer.itself = [layer]
+    LEFT.append(weakref.ref(layer))
+    group = dist.new_group([0, 1])
+    dist.all_reduce(torch.ones(1), group=group)
+    layer.group = group
+    files = len(os.listdir("/dev/fd"))
+    threads = len(os.listdir("/proc/self/task")) if os.path.exists("/proc/self/task") else 0
+    return {"jobs": len(LEFT), "here": here, "files": files, "threads": threads}
+
+
+def has_cuda(rank: int, world: int) -> bool:
+    """Whether this process has touched a GPU."""
+    return torch.cuda.is_initialized()
 
 
 def hold_lock(path: str) -> int:
