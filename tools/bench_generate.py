@@ -27,6 +27,7 @@ from megalite.core.config import ModelConfig
 from megalite.core.mesh import Mesh
 from megalite.core.params import initialize
 from megalite.core.precision import DTYPES
+from megalite.data.atomic import write_atomic
 from megalite.generate.engine import Request, complete
 from megalite.generate.load import Place, untrained_share
 from megalite.generate.sample import Sampling
@@ -98,7 +99,15 @@ def measure(shape: str, batch: int, args: argparse.Namespace) -> list[dict]:
     prompts = [[(31 * i + 7 * j) % known for j in range(args.prompt)] for i in range(batch)]
     run = systems(shape, batch, args)
     here = {name: fn for name, fn in run.items() if fn is not None}
-    said = {name: fn(prompts, args.new) for name, fn in here.items()}
+    said, failed = {}, {}
+    for name, fn in list(here.items()):
+        try:
+            said[name] = fn(prompts, args.new)
+        except Exception as error:
+            if name != THEIRS:
+                raise
+            failed[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            del here[name]
     seconds: dict[str, list[float]] = {name: [] for name in here}
     cpu: dict[str, list[float]] = {name: [] for name in here}
     for _ in range(args.rounds):
@@ -112,7 +121,7 @@ def measure(shape: str, batch: int, args: argparse.Namespace) -> list[dict]:
         row = {"system": name, "layout": f"batch {batch}", "workload": shape, "world": 1}
         rows.append({**row, "device": args.device, "precision": args.precision})
         if name not in here:
-            rows[-1]["not_run"] = "the package is not installed"
+            rows[-1]["not_run"] = failed.get(name, "the package is not installed")
             continue
         rows[-1].update(
             tokens_per_s=batch * args.new / statistics.median(seconds[name]),
@@ -150,8 +159,9 @@ def main() -> int:
             for row in measure(shape, batch, args):
                 rows.append(row)
                 print(line_of(row), flush=True)
-    if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+            if args.json:
+                with write_atomic(args.json) as file:
+                    file.write((json.dumps(rows, indent=1) + "\n").encode())
     # Rounded to bf16, logits of random weights tie now and then.
     differs = [row for row in rows if not row.get("same_text", True)]
     return 1 if differs and args.precision in ("fp32", "fp64") else 0

@@ -6,7 +6,7 @@
 A layout is `one` or axes with sizes (tp2, pp2dp2, tp2pp2dp2); a schedule, `zero0` or `nosp` (no
 sequence parallelism) may follow: tp2pp2+zb-h1+zero0. Rounds are interleaved, so that a drift of the
 machine hits all layouts alike. CPU seconds are those of all ranks together: waiting for a core does
-not count.
+not count. What a rank does: train_worker.py. This starts ranks and imports no torch.
 """
 
 from __future__ import annotations
@@ -18,25 +18,17 @@ import re
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import torch
+# Run from a checkout that is not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megalite.core import comm
-from megalite.core.config import Config, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
-from megalite.core.mesh import disconnect
-from megalite.core.world import World
-from megalite.data.loader import Synthetic
-from megalite.models.presets import PRESETS, num_parameters
+from megalite.data.atomic import write_atomic
+from megalite.models.presets import PRESETS
 from megalite.schedule.generators import SCHEDULES
-from megalite.train.build import build_engine, build_loader, build_mesh, pick_device, pick_dtype
-from megalite.train.deterministic import be_deterministic
-from megalite.train.flops import peak_of, rates
-from megalite.train.loop import train_step
-from megalite.train.metrics import peak_memory_gb
 
 ROOT = Path(__file__).resolve().parent.parent
+WORKER = str(ROOT / "tools" / "train_worker.py")
 
 WORKLOADS = {
     "gpt-10m": {"num_layers": 6, "hidden_size": 384, "num_heads": 6, "seq_len": 256,
@@ -81,73 +73,11 @@ def ranks_of(layout: dict[str, object]) -> int:
     return int(layout.get("tp", 1)) * int(layout.get("pp", 1)) * int(layout["dp"])  # type: ignore[call-overload]
 
 
-def worker(args: argparse.Namespace) -> None:
-    """One rank of one run; rank 0 prints the row."""
-    torch.set_num_threads(args.threads)
-    values = dict(WORKLOADS[args.workload])
-    batch = {k: values.pop(k) for k in ("micro_batch_size", "global_batch_size")}
-    config = Config(
-        model=ModelConfig(**values),
-        layout=LayoutConfig(**parse_layout(args.worker)),
-        optim=OptimConfig(lr=3e-4, warmup_steps=4),
-        train=TrainConfig(
-            **batch,
-            device=args.device,
-            ops_backend=args.ops_backend,
-            deterministic=args.deterministic,
-        ),
-    )
-    world = World.from_environment(os.environ)
-    config.check(world.size)
-    device = pick_device(config, world)
-    if args.deterministic:
-        be_deterministic(device)
-    mesh = build_mesh(config, world, device)
-    engine = build_engine(config, mesh, device=device, dtype=pick_dtype(config, device))
-    loader = build_loader(engine, Synthetic(config.model.vocab_size, config.model.seq_len, 1234))
-    losses, walls, cpus = [], [], []
-    for step in range(args.warmup + args.steps):
-        calls = loader.step(step * config.train.global_batch_size)
-        comm.barrier(mesh.world)
-        wall, cpu = time.perf_counter(), time.process_time()
-        found = train_step(engine, calls, lr=3e-4 * min(1.0, (step + 1) / 4))
-        losses.append(found.loss.item())
-        walls.append(time.perf_counter() - wall)
-        cpus.append(time.process_time() - cpu)
-    spent = comm.all_reduce(torch.tensor(cpus, dtype=torch.float64, device=device), mesh.world)
-    held = torch.tensor([1024 * peak_memory_gb(device)], dtype=torch.float64, device=device)
-    peak = comm.all_reduce(held, mesh.world, op="max")
-    if mesh.rank == 0:
-        seconds = statistics.median(walls[args.warmup :])
-        tokens = config.train.global_batch_size * config.model.seq_len
-        row = {
-            "system": "megalite",
-            "layout": args.worker,
-            "workload": args.workload,
-            "world": world.size,
-            "ops_backend": args.ops_backend,
-            "params": num_parameters(config.model),
-            "tokens_per_step": tokens,
-            "cpu_s_per_step": statistics.median(spent.tolist()[args.warmup :]),
-            "step_ms": 1000 * seconds,
-            "tokens_per_s": tokens / seconds,
-            "deterministic": args.deterministic,
-            **rates(config.model, tokens / seconds / world.size, peak_of(device, engine.dtype)),
-            "peak_mb": peak.item(),
-            "loss_first": losses[0],
-            "loss_last": losses[-1],
-        }
-        print(json.dumps(row), flush=True)
-    disconnect()
-
-
 def run_once(layout: str, args: argparse.Namespace) -> dict:
     """One run of one layout in processes of its own."""
     world = ranks_of(parse_layout(layout))
-    own = ["--worker", layout, "--workload", args.workload, "--steps", str(args.steps)]
-    own += ["--warmup", str(args.warmup), "--threads", str(args.threads), "--device", args.device]
-    own += ["--ops-backend", args.ops_backend]
-    own += ["--deterministic"] if args.deterministic else []
+    kept = ("workload", "steps", "warmup", "threads", "device", "ops_backend", "deterministic")
+    own = json.dumps({"layout": layout, **{name: getattr(args, name) for name in kept}})
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "PYTHONPATH": path}
     env["OMP_WAIT_POLICY"] = "passive"  # idle threads that spin would count as CPU seconds
@@ -159,11 +89,11 @@ def run_once(layout: str, args: argparse.Namespace) -> dict:
         "localhost",
         "--nproc-per-node",
         str(world),
-        __file__,
-        *own,
+        WORKER,
+        own,
     ]
     if world == 1:
-        command = [sys.executable, __file__, *own]
+        command = [sys.executable, WORKER, own]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     rows = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode != 0 or not rows:
@@ -207,12 +137,7 @@ def main() -> None:
     parser.add_argument("--ops-backend", default="auto", choices=("auto", "fused", "torch", "apex"))
     parser.add_argument("--deterministic", action="store_true", help="as pretrain's")
     parser.add_argument("--json", metavar="OUT", help="write every round's row")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.worker:
-        worker(args)
-        sys.stdout.flush()
-        os._exit(0)  # gloo's threads can abort an interpreter that shuts down around them
     layouts = args.layouts.split(",")
     for layout in layouts:
         parse_layout(layout)
@@ -222,7 +147,8 @@ def main() -> None:
             rows.append({**run_once(layout, args), "round": number})
     summary(rows, layouts)
     if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        with write_atomic(args.json) as file:
+            file.write((json.dumps(rows, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":
