@@ -70,7 +70,9 @@ def _weight_grad(weight: nn.Parameter, dy: Tensor, x: Tensor, jobs: list) -> Non
 
 def _bias_grad(bias: nn.Parameter | None, dy: Tensor) -> None:
     if bias is not None and bias.requires_grad:
-        grad_of(bias).add_(_rows(dy).sum(0))
+        grad = grad_of(bias)
+        # Not rounded to bfloat16 before it is added to what is wider.
+        grad.add_(_rows(dy).sum(0, dtype=grad.dtype))
         landed(bias)
 
 

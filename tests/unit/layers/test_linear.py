@@ -73,6 +73,15 @@ def test_gradients_of_several_microbatches_add_up():
     torch.testing.assert_close(linear.weight.grad, 2 * once)
 
 
+@pytest.mark.parametrize("kind", LINEARS)
+def test_bias_gradient_of_bfloat16_is_never_rounded_to_it(kind):
+    linear, dy = made(kind).to(torch.bfloat16), torch.randn(50, 3, 5).bfloat16()
+    linear(torch.randn(50, 3, 6).bfloat16(), call_of(50)).backward(dy)
+    wanted = dy.double().sum((0, 1)).float()
+    assert not torch.equal(wanted, wanted.bfloat16().float())
+    torch.testing.assert_close(linear.bias.grad, wanted, rtol=1e-5, atol=1e-5)
+
+
 def of_two_ranks(monkeypatch, seen):
     """A column and a row linear of one of two ranks, alone: sums over them are what it has."""
     two = Axis("tp", 2, 0)
