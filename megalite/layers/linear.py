@@ -119,6 +119,8 @@ class _Column(torch.autograd.Function):
 
 def _row(x: Tensor, params: Params, tp: Axis, call: Call) -> Tensor:
     weight, bias = params
+    if tp.size == 1:
+        return matmul.linear(x, weight, bias)  # whole: the bias takes no pass of its own
     y = matmul.linear(x, weight)  # [s, b, o], partial over tp
     cut = call.seq_cut
     y = comm.reduce_scatter(y, cut) if cut else comm.all_reduce(y, tp)

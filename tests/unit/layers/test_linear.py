@@ -10,6 +10,7 @@ from megalite.core.mesh import Axis
 from megalite.core.params import gaussian, initialize
 from megalite.core.shard import Block
 from megalite.layers.linear import ColumnLinear, RowLinear
+from megalite.train.exact import exact_sums
 
 ONE = Axis("tp")
 LINEARS = {
@@ -44,6 +45,23 @@ def test_linear_equals_autograd_on_one_rank(kind):
     (dx,) = torch.autograd.grad(y, x, dy)
     for ours, theirs in zip((dx, linear.weight.grad, linear.bias.grad), wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_row_of_one_rank_has_in_fixed_order_the_bits_of_two():
+    """Though it adds its bias within the product, and two to the sum of their products."""
+    row, x = made("row").double(), torch.randn(4, 3, 6, dtype=torch.float64)
+    row.bias.data.normal_()
+    weight, bias = row.weight.detach(), row.bias.detach()
+    with exact_sums():
+        alone = row(x, call_of())
+        parts = [F.linear(x[..., part], weight[:, part]) for part in (slice(0, 2), slice(2, 6))]
+        assert torch.equal(alone, parts[0] + parts[1] + bias)
+
+
+def test_row_of_one_rank_writes_its_output_once(monkeypatch):
+    row = made("row")
+    monkeypatch.setattr(torch.Tensor, "add_", lambda *_: pytest.fail("a pass for the bias"))
+    row(torch.randn(4, 3, 6), call_of())
 
 
 @pytest.mark.parametrize("kind", LINEARS)
