@@ -37,12 +37,13 @@ WORKLOADS = {
                 "vocab_size": 16384, "micro_batch_size": 2, "global_batch_size": 8},
     "tiny": {"num_layers": 4, "hidden_size": 64, "num_heads": 4, "seq_len": 64, "vocab_size": 512,
              "micro_batch_size": 2, "global_batch_size": 8},
-    # For one GPU of 80 GB or more.
+    # For one GPU of 141 GB. Each microbatch reads and writes every gradient, so there are as few as
+    # `plan` finds room for (74 and 102 GiB), but that of gpt2-124m has fewer than 2^31 logits.
     "gpt2-124m": PRESETS["gpt2-124m"] | {"micro_batch_size": 32, "global_batch_size": 64},
-    "gpt3-1.3b": PRESETS["gpt3-1.3b"] | {"micro_batch_size": 4, "global_batch_size": 16},
+    "gpt3-1.3b": PRESETS["gpt3-1.3b"] | {"micro_batch_size": 16, "global_batch_size": 16},
     # The width of llama-7b at half its depth, which leaves room for the optimizer's states.
     "llama-7b-wide": PRESETS["llama-7b"] | {"num_layers": 16, "seq_len": 4096,
-                                            "micro_batch_size": 1, "global_batch_size": 4},
+                                            "micro_batch_size": 4, "global_batch_size": 4},
 }  # fmt: skip
 FIELDS = ("cpu_s_per_step", "step_ms", "tokens_per_s", "tflops_per_rank", "peak_mb")
 

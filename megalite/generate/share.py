@@ -8,11 +8,13 @@ steps; load.py for a share of a checkpoint.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megalite.core import comm
 from megalite.core.call import Call
@@ -23,6 +25,9 @@ from megalite.models.gpt import GPT
 from megalite.parallel.pipeline import Pipeline
 
 # w logits that are wanted, v vocabulary
+
+WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""All but cuDNN's attention: that plans anew for each length, and here each step has its own."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +59,8 @@ class Share:
         """The wanted logits [w, v] of a call."""
         pipeline, mesh, vocab = self.pipeline, self.pipeline.mesh, self.model.vocab_size
         assert call.wanted is not None
-        made = pipeline.evaluate([call])
+        with without_plans(pipeline.device):
+            made = pipeline.evaluate([call])
         if not len(call.wanted):
             return torch.empty((0, vocab), dtype=pipeline.dtype, device=pipeline.device)
         if made:
@@ -65,6 +71,11 @@ class Share:
             logits = torch.empty(shape, dtype=pipeline.dtype, device=pipeline.device)
         last = pipeline.schedule.placement[-1]
         return comm.broadcast(logits, mesh.axis("pp"), src=last)
+
+
+def without_plans(device: torch.device) -> AbstractContextManager[None]:
+    """Within it, what attends on a GPU has nothing to plan for a length that is new."""
+    return sdpa_kernel(WITHOUT_PLANS) if device.type == "cuda" else nullcontext()
 
 
 def make_share(

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from functools import partial
 from math import sqrt
 
-import torch
 from torch import Tensor, nn
 
 from megalite.core import rng
@@ -98,13 +97,11 @@ class Attention(nn.Module):
         turned to their places.
         """
         n, m, d = self.num_heads, self.kv_heads, self.head_dim
-        both, v = fused.unflatten(-1, (n + 2 * m, d)).split((n + m, m), dim=2)
+        q, k, v = fused.unflatten(-1, (n + 2 * m, d)).split((n, m, m), dim=2)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = both.split((n, m), dim=2)
-            both = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
+            q, k = self.q_norm(q), self.k_norm(k)
         if self.rope is not None:
-            both = self.rope(both, call)
-        q, k = both.split((n, m), dim=2)
+            q, k = self.rope(q, call), self.rope(k, call)
         return q, k, v
 
     def core(self, call: Call) -> CoreAttention:

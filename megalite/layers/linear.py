@@ -70,7 +70,9 @@ def _weight_grad(weight: nn.Parameter, dy: Tensor, x: Tensor, jobs: list) -> Non
 
 def _bias_grad(bias: nn.Parameter | None, dy: Tensor) -> None:
     if bias is not None and bias.requires_grad:
-        grad_of(bias).add_(_rows(dy).sum(0))
+        grad = grad_of(bias)
+        # Not rounded to bfloat16 before it is added to what is wider.
+        grad.add_(_rows(dy).sum(0, dtype=grad.dtype))
         landed(bias)
 
 
@@ -117,6 +119,8 @@ class _Column(torch.autograd.Function):
 
 def _row(x: Tensor, params: Params, tp: Axis, call: Call) -> Tensor:
     weight, bias = params
+    if tp.size == 1:
+        return matmul.linear(x, weight, bias)  # whole: the bias takes no pass of its own
     y = matmul.linear(x, weight)  # [s, b, o], partial over tp
     cut = call.seq_cut
     y = comm.reduce_scatter(y, cut) if cut else comm.all_reduce(y, tp)

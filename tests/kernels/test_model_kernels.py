@@ -60,7 +60,7 @@ def test_model_by_kernels_is_the_model(emulated, cfg):
     expected = {
         "norm_forward": 2 * layers + 1,  # one more is the head's
         "swiglu" if gated else "gelu": layers,
-        "rope": layers if cfg.position == "rope" else 0,  # queries and keys at once
+        "rope": 2 * layers if cfg.position == "rope" else 0,  # queries, and keys
         "dropout": 2 * layers + 1 if cfg.dropout else 0,  # one more is the embedding's
     }
     backward = {f"{name.removesuffix('_forward')}_backward": n for name, n in expected.items()}

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalite.core.call import make_call
 from megalite.core.config import ModelConfig
@@ -69,6 +70,28 @@ def test_queries_over_all_keys_have_the_same_bits_in_any_batch(heads, cap):
             some = slice(first, first + count)
             found = core.attend_all(q[some].clone(), k[some, :, :end], v[some, :, :end])
             assert torch.equal(found, y[some])
+
+
+class Cats(TorchDispatchMode):
+    """Counts what copies tensors into one."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.cat.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("form", [{}, {"position": "rope"}, {"qk_norm": True}], ids=str)
+def test_gradient_of_the_projection_is_put_together_once(form):
+    attention, call = attention_of(replace(CFG, **form)), call_of()
+    fused = torch.randn(8, 2, 32, dtype=torch.float64, requires_grad=True)
+    attention.heads(call, fused)  # from here on the call knows its angles
+    with Cats() as forward:
+        parts = attention.heads(call, fused)
+    with Cats() as backward:
+        torch.autograd.grad(parts, fused, [torch.randn_like(x) for x in parts])
+    assert forward.count == 0 and backward.count == 1
 
 
 def test_softmax_of_a_row_with_no_key_is_zero():

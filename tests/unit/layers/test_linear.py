@@ -10,6 +10,7 @@ from megalite.core.mesh import Axis
 from megalite.core.params import gaussian, initialize
 from megalite.core.shard import Block
 from megalite.layers.linear import ColumnLinear, RowLinear
+from megalite.train.exact import exact_sums
 
 ONE = Axis("tp")
 LINEARS = {
@@ -46,6 +47,23 @@ def test_linear_equals_autograd_on_one_rank(kind):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+def test_row_of_one_rank_has_in_fixed_order_the_bits_of_two():
+    """Though it adds its bias within the product, and two to the sum of their products."""
+    row, x = made("row").double(), torch.randn(4, 3, 6, dtype=torch.float64)
+    row.bias.data.normal_()
+    weight, bias = row.weight.detach(), row.bias.detach()
+    with exact_sums():
+        alone = row(x, call_of())
+        parts = [F.linear(x[..., part], weight[:, part]) for part in (slice(0, 2), slice(2, 6))]
+        assert torch.equal(alone, parts[0] + parts[1] + bias)
+
+
+def test_row_of_one_rank_writes_its_output_once(monkeypatch):
+    row = made("row")
+    monkeypatch.setattr(torch.Tensor, "add_", lambda *_: pytest.fail("a pass for the bias"))
+    row(torch.randn(4, 3, 6), call_of())
+
+
 @pytest.mark.parametrize("kind", LINEARS)
 def test_deferred_weight_gradient_is_bit_for_bit_that_of_at_once(kind):
     x, dy, at_once = torch.randn(4, 3, 6), torch.randn(4, 3, 5), made(kind)
@@ -71,6 +89,15 @@ def test_gradients_of_several_microbatches_add_up():
     once = linear.weight.grad.clone()
     linear(x, call_of()).sum().backward()
     torch.testing.assert_close(linear.weight.grad, 2 * once)
+
+
+@pytest.mark.parametrize("kind", LINEARS)
+def test_bias_gradient_of_bfloat16_is_never_rounded_to_it(kind):
+    linear, dy = made(kind).to(torch.bfloat16), torch.randn(50, 3, 5).bfloat16()
+    linear(torch.randn(50, 3, 6).bfloat16(), call_of(50)).backward(dy)
+    wanted = dy.double().sum((0, 1)).float()
+    assert not torch.equal(wanted, wanted.bfloat16().float())
+    torch.testing.assert_close(linear.bias.grad, wanted, rtol=1e-5, atol=1e-5)
 
 
 def of_two_ranks(monkeypatch, seen):

@@ -11,7 +11,7 @@ from megalite.core.mesh import Mesh
 from megalite.core.params import initialize, named_parameters
 from megalite.models.build import build_stages
 from megalite.ops.adamw import adamw_
-from megalite.optim.optimizer import Optimizer
+from megalite.optim.optimizer import AT_ONCE, Optimizer, squares_at_once, squares_in_turn
 from megalite.parallel.zero import Zero
 
 CPU = torch.device("cpu")
@@ -65,6 +65,29 @@ def test_sum_of_squares_is_that_of_every_gradient():
     fill(stage, 0)
     expected = sum(p.grad.square().sum() for p in stage.parameters())
     torch.testing.assert_close(optimizer.sum_of_squares(), expected)
+
+
+def test_a_rank_that_counts_nothing_has_no_squares():
+    stage, optimizer = optimizer_of(torch.float32)
+    fill(stage, 0)
+    optimizer._owned = [[] for _ in optimizer._owned]
+    nothing = optimizer.sum_of_squares()
+    assert nothing.item() == 0 and nothing.dtype == torch.float64
+
+
+# Pieces are summed in float32.
+@pytest.mark.parametrize(("sum_of", "tol"), [(squares_at_once, 1e-12), (squares_in_turn, 2e-5)])
+def test_squares_of_parts_of_all_sizes_add_up(sum_of, tol):
+    generator = torch.Generator().manual_seed(7)
+    sizes = (1, 3, 64, AT_ONCE + 1, 2 * AT_ONCE)
+    parts = [torch.randn(n, generator=generator) * 10**-i for i, n in enumerate(sizes)]
+    exact = sum(part.double().square().sum().item() for part in parts)
+    total = sum_of(parts)
+    assert total.dtype == torch.float64 and total.dim() == 0
+    assert total.item() == pytest.approx(exact, rel=tol)
+    for bad in (float("inf"), float("nan")):
+        parts[2][5] = bad
+        assert not sum_of(parts).isfinite()
 
 
 def test_masters_of_bfloat16_parameters_take_steps_too_small_for_bfloat16():
