@@ -73,15 +73,14 @@ DRY = partial(
 )
 
 
-def with_others(ours: Call, torchs: Callable[..., Any], *args: Any, **others: Call) -> dict:
-    """Ours, torch's formula, the same compiled, and what else is installed."""
-    compiled = torch.compile(torchs, dynamic=False)
-    return {
-        "megalite": ours,
-        "torch": partial(torchs, *args),
-        COMPILED: partial(compiled, *args),
-        **others,
-    }
+def with_others(
+    ours: Call, torchs: Callable[..., Any], *args: Any, compiles: bool = True, **others: Call
+) -> dict[str, Call]:
+    """Ours, torch's formula, the same compiled if it `compiles`, and what else is installed."""
+    found = {"megalite": ours, "torch": partial(torchs, *args), **others}
+    if compiles:
+        found[COMPILED] = partial(torch.compile(torchs, dynamic=False), *args)
+    return found
 
 
 def backward_of(call: Call, leaves: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> Call:
@@ -115,6 +114,7 @@ def _norm_cases(sizes: Sizes, name: str, h: int, *, with_bias: bool) -> Iterator
     for leaf in leaves:
         leaf.requires_grad_()
     element, wide_enough = x.element_size(), h >= 4096
+    compiles = h in (4096, max(sizes.widths))  # which takes seconds for each
     known = _peers_norm(x, weight, bias)
 
     def formula(x: Tensor) -> Tensor:
@@ -139,11 +139,11 @@ def _norm_cases(sizes: Sizes, name: str, h: int, *, with_bias: bool) -> Iterator
         return Case(op, (rows, h), nbytes, systems, goal if wide_enough else None, **more)
 
     alone = tuple(leaf for leaf in leaves if leaf is not residual)
-    forward = with_others(ours, formula, x, **known)
+    forward = with_others(ours, formula, x, compiles=compiles, **known)
     yield case(name, 2, {n: _without_grad(call) for n, call in forward.items()}, 0.95)
     back = {n: backward_of(call, alone, (dy,)) for n, call in forward.items()}
     yield case(f"{name} backward", 3, back, 0.88, over_torch=2.0 if wide_enough else None)
-    forward = with_others(ours_added, added, x, residual)
+    forward = with_others(ours_added, added, x, residual, compiles=compiles)
     yield case(f"add + {name}", 4, {n: _without_grad(c) for n, c in forward.items()}, 0.95)
     back = {n: backward_of(call, leaves, (dtotal, dy)) for n, call in forward.items()}
     yield case(f"add + {name} backward", 4, back, 0.88)

@@ -93,8 +93,7 @@ def main() -> None:
             "tokens_per_s": tokens / seconds,
             **rates(config.model, tokens / seconds / world.size, peak_of(device, engine.dtype)),
             "peak_mb": peak.item(),
-            "loss_first": losses[0],
-            "loss_last": losses[-1],
+            "losses": losses,
         }
         print(json.dumps(row), flush=True)
     disconnect()

@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import bench_kernels  # noqa: E402
 import gpu  # noqa: E402
+import gpu_report  # noqa: E402
 import kernel_cases  # noqa: E402
 
 
@@ -61,8 +62,8 @@ def test_step_without_end_is_stopped_with_all_that_it_started(tmp_path):
         f"open({str(tmp_path / 'rows.json')!r}, 'w').write(str(child.pid)); child.wait()"
     )
     step = script(tmp_path, words, most=5.0)
-    gpu.run_all([step], lambda: None)
-    assert step.outcome == "stopped by its time or 9" and step.seconds < 60
+    gpu.run_all([step], lambda ended: None)
+    assert step.outcome == "stopped after 5 s" and step.seconds < 60
     status = Path(f"/proc/{step.figures}/stat")
     assert not status.exists() or status.read_text().split()[2] == "Z"
 
@@ -71,22 +72,22 @@ def test_what_is_written_after_each_step_is_whole(tmp_path):
     steps = [script(tmp_path, "print('first')"), script(tmp_path, "import sys; sys.exit(3)")]
     found = []
 
-    def done():
-        gpu.write({"device": "CPU", "date": "today"}, steps, tmp_path / "out")
+    def done(ended):
+        gpu.write({"device": "CPU", "date": "today"}, steps, ended, tmp_path / "out")
         found.append(json.loads((tmp_path / "out.json").read_text())["steps"])
 
     gpu.run_all(steps, done)
     assert [step["outcome"] for step in found[0]] == ["ok", "not run yet"]
-    assert [step["outcome"] for step in found[1]] == ["ok", "FAILED"]
+    assert [step["outcome"] for step in found[1]] == ["ok", "FAILED (3)"]
     assert found[1][0]["tail"] == ["first"]
-    assert "| kernels | script | FAILED |" in (tmp_path / "out.md").read_text()
+    assert "| kernels | script | FAILED (3) |" in (tmp_path / "out.md").read_text()
 
 
 def test_checks_run_beside_each_other_and_what_is_timed_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu.os, "cpu_count", lambda: 2 * gpu.CORES_OF_A_CHECK)
     words = "import time; print(time.time()); time.sleep(1); print(time.time())"
     steps = [script(tmp_path, words, timed=timed) for timed in (False, False, True, True)]
-    gpu.run_all(steps, lambda: None)
+    gpu.run_all(steps, lambda ended: None)
     spans = [tuple(map(float, step.tail)) for step in steps]
     assert spans[0][0] < spans[1][1] and spans[1][0] < spans[0][1]
     assert max(spans[0][1], spans[1][1]) <= spans[2][0] and spans[2][1] <= spans[3][0]
@@ -103,8 +104,30 @@ def test_another_system_s_failure_is_a_row_of_its_own():
     assert [row.get("not_run") for row in rows] == [None, None, "RuntimeError: no such kernel"]
     assert "not run: RuntimeError" in bench_kernels.line_of(rows[2], dry=True)
     assert "| op 3 | liger | not run: RuntimeError: no such kernel |" in "\n".join(
-        gpu._kernel_table(rows)
+        gpu_report._kernel_table(rows)
     )
+
+
+def test_training_s_goals_and_what_is_compared_are_of_the_rows_they_name():
+    row = {
+        "workload": "gpt2-124m", "params": 124e6, "global_batch_size": 64, "seq_len": 1024,
+        "micro_batch_size": 32, "dtype": "bfloat16", "steps": 10, "step_ms_least": 1.0,
+        "step_ms_most": 9.0, "tokens_per_s": 1e5, "mfu_full": 0.5, "peak_mb": 1024.0,
+    }  # fmt: skip
+    torchs = {"ops_backend": "torch", "deterministic": False, "losses": [10.0, 8.0], "mfu": 0.41}
+    fused = {"ops_backend": "fused", "deterministic": False, "losses": [10.0, 8.4, 7.0]}
+    rows = [row | fused | {"mfu": 0.39, "step_ms": 4.0}, row | torchs | {"step_ms": 8.0}]
+    rows.append(row | fused | {"mfu": 0.35, "step_ms": 5.0, "deterministic": True})
+    lines = gpu_report._training_table(rows)
+    assert [("missed" in line, "met" in line) for line in lines if "10 | " in line] == [
+        (True, False), (False, False), (False, False)
+    ]  # fmt: skip
+    assert lines[-2:] == [
+        "- gpt2-124m: losses of fused and torch's ops differ by 5.0e-02 at most, in 2 steps.",
+        "- gpt2-124m: a step with --deterministic takes 1.250 times as long.",
+    ]
+    rows[0]["mfu"] = 0.41
+    assert "40%: met" in "\n".join(gpu_report._training_table(rows))
 
 
 def test_bench_has_each_system_beside_a_copy(tmp_path):
@@ -119,5 +142,5 @@ def test_bench_has_each_system_beside_a_copy(tmp_path):
     for row in rows:
         assert row["ms"] > 0 and row["of_copy"] == row["copy_ms"] / row["ms"]
     assert rows[0]["goals"] == {"of_copy": 0.93} and rows[0]["met"] is None
-    gpu.draw(rows, tmp_path / "bars.svg")
+    gpu_report.draw(rows, tmp_path / "bars.svg")
     assert "adamw 1000" in (tmp_path / "bars.svg").read_text()
