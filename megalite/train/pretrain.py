@@ -11,9 +11,8 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -31,6 +30,7 @@ from megalite.layers.linear import is_adapter
 from megalite.optim.lr import learning_rate
 from megalite.schedule.simulate import bubble
 from megalite.train import console, flops
+from megalite.train.arrival import OF_PAIRS, Arrival
 from megalite.train.build import (
     build_engine,
     build_loader,
@@ -44,7 +44,6 @@ from megalite.train.deterministic import be_deterministic
 from megalite.train.evaluate import Evaluation, Sample, held_out
 from megalite.train.exam import Exam
 from megalite.train.failure import Explain, Stop, Stopped, failures_told, forget_cause
-from megalite.train.loop import Reduced
 from megalite.train.metrics import Metrics, peak_memory_gb
 from megalite.train.own_files import as_tree, changed_files, check_own_code, own_files
 from megalite.train.pictures import draw_loss, draw_schedule, timeline
@@ -66,6 +65,22 @@ def pretrain(config: Config, world: World, explain: Explain | None = None) -> No
     with failures_told(config, world, explain):
         Run(config, world).train()
         mesh_module.disconnect()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Taken:
+    """A step, and what of it is known without waiting."""
+
+    step: int
+    samples: int
+    """Of the run, with this step's."""
+    size: int
+    """Tokens, masked or not."""
+    lr: float
+    began: float
+    peak_mem_gb: float
+    loss_scale: float | None
+    arrival: Arrival
 
 
 class Run:
@@ -95,8 +110,12 @@ class Run:
         self.step, self.samples, self.tokens = self._start_point()
         self.evaluated_at: int | None = None
         self.steps = Steps(self.engine)
-        self.untold: list[tuple[int, Reduced, dict[str, Any]]] = []
-        """Steps that are neither written down nor said, with the rest of what is written."""
+        self.late = self.steps.late or self.device.type == "cuda"
+        """Steps are told once the next one is under way, which then need not wait for that."""
+        self.untold: list[_Taken] = []
+        """Steps that are neither written down nor said."""
+        self.arrived = 0.0
+        """When the last one told had ended."""
         self.skipped = 0
         """Steps that changed nothing, since the last line on the screen."""
         self.trace = Trace(self.out, self.mesh, config.train.traced)
@@ -170,30 +189,27 @@ class Run:
         found = self.steps.take(calls, lr=lr, stop=self.stop.asked)
         self.step += 1
         self.samples += batch
-        self.tokens += int(found.tokens.item())
-        seconds = time.monotonic() - began
-        values = {
-            "tokens": self.tokens,
-            "samples": self.samples,
-            "loss": None,
-            "lr": lr,
-            "grad_norm": None,
-            "step_ms": 1000 * seconds,
-            "tokens_per_s": per_step / seconds,
-            **flops.rates(config.model, per_step / seconds / self.world.size, self.peak),
-            "peak_mem_gb": peak_memory_gb(self.device),
-            "loss_scale": None if self.engine.optimizer.scaler is None else found.loss_scale,
-            "skipped": 0,
-        }
-        self.untold.append((self.step, found, values))
-        return self._tell(but=1 if self.steps.late else 0)
+        taken = _Taken(
+            step=self.step,
+            samples=self.samples,
+            size=per_step,
+            lr=lr,
+            began=began,
+            peak_mem_gb=peak_memory_gb(self.device),
+            loss_scale=None if self.engine.optimizer.scaler is None else found.loss_scale,
+            arrival=Arrival(found, self.device, prefers=config.data.prefers),
+        )
+        self.untold.append(taken)
+        return self._tell(but=1 if self.late else 0)
 
     def _tell(self, *, but: int) -> bool:
         """Write down and say what is untold, but for that many steps; whether one says to stop."""
         asked, train = False, self.config.train
         while len(self.untold) > but:
-            step, found, values = self.untold.pop(0)
-            loss, norm, scale = found.loss.item(), found.norm.item(), values["loss_scale"]
+            taken = self.untold.pop(0)
+            step, scale = taken.step, taken.loss_scale
+            numbers = taken.arrival.read()
+            loss, norm = numbers["loss"], numbers["norm"]
             # Of a loss that is scaled, update has skipped what overflowed.
             skipped = scale is not None and not console.is_number(norm)
             if not console.is_number(loss) or not (console.is_number(norm) or skipped):
@@ -202,19 +218,41 @@ class Run:
                     "--warmup-steps; earlier checkpoints are intact)"
                 )
             self.skipped += skipped
+            self.tokens += taken.arrival.tokens
+            seconds = self._seconds(taken)
             self.mesh.log.doing("write metrics")
             if self.metrics is not None:
-                seen = {"loss": loss, "grad_norm": None if skipped else norm}
-                if self.config.data.prefers:
-                    seen |= {"preferred": found.preferred.item(), "margin": found.margin.item()}
-                self.metrics.write(step, **{**values, **seen, "skipped": int(skipped)})
+                line = {
+                    "tokens": self.tokens,
+                    "samples": taken.samples,
+                    "loss": loss,
+                    "lr": taken.lr,
+                    "grad_norm": None if skipped else norm,
+                    "step_ms": 1000 * seconds,
+                    "tokens_per_s": taken.size / seconds,
+                    **flops.rates(
+                        self.config.model, taken.size / seconds / self.world.size, self.peak
+                    ),
+                    "peak_mem_gb": taken.peak_mem_gb,
+                    "loss_scale": scale,
+                    "skipped": int(skipped),
+                    **{name: numbers[name] for name in OF_PAIRS if name in numbers},
+                }
+                self.metrics.write(step, **line)
             if _due(step, train.log_interval) or step in (1, train.train_steps):
-                samples, lr = values["samples"], values["lr"]
-                line = self.progress.line(step, samples=samples, loss=loss, norm=norm, lr=lr)
-                self._say(line + console.scaling(scale, self.skipped))
+                words = self.progress.line(
+                    step, samples=taken.samples, loss=loss, norm=norm, lr=taken.lr
+                )
+                self._say(words + console.scaling(scale, self.skipped))
                 self.skipped = 0
-            asked |= found.stop.item() > 0
+            asked |= numbers["stop"] > 0
         return asked
+
+    def _seconds(self, taken: _Taken) -> float:
+        """How long a step took: since the one before had ended, if it was launched before that."""
+        assert taken.arrival.at is not None
+        before, self.arrived = self.arrived, taken.arrival.at
+        return self.arrived - max(taken.began, before)
 
     def _learning_rate(self) -> float:
         """Of the next step."""
@@ -225,7 +263,8 @@ class Run:
         if optim.lr_decay_by == "tokens":
             length = config.model.seq_len
             spent = {name: config.samples_after(n) * float(length) for name, n in ends.items()}
-            spent["done"] = float(self.tokens + config.batch_at(self.samples) * length)
+            untold = sum(taken.arrival.tokens for taken in self.untold)
+            spent["done"] = float(self.tokens + untold + config.batch_at(self.samples) * length)
         return learning_rate(optim, **spent)
 
     def _evaluate(self, *, last: bool) -> None:

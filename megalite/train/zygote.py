@@ -241,6 +241,8 @@ def run_rank(rank: int, jobs: int, said: int, lifeline: int) -> int:
             if not run_job(rank, job, Path(job["folder"])):
                 return 1
             os.write(said, b".")
+            if not job["keep"]:
+                break  # others may wait for a rank that left early: its end tells them
     return 0
 
 

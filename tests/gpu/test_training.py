@@ -10,6 +10,7 @@ from megalite.core.config import Config, ModelConfig, OptimConfig, TrainConfig
 from megalite.core.mesh import Mesh
 from megalite.data.loader import Synthetic
 from megalite.ops import backend
+from megalite.train.arrival import Arrival
 from megalite.train.build import Engine, build_engine, build_loader
 from megalite.train.loop import forward_backward, train_step, update
 
@@ -72,9 +73,12 @@ def test_step_waits_for_the_gpu_nowhere(form, ops_backend):
     torch.cuda.set_sync_debug_mode("error")
     try:
         found = train_step(engine, calls, lr=LR)
+        arrival = Arrival(found, engine.device, prefers=False)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert found.loss.isfinite()
+    numbers = arrival.read()
+    assert found.loss.isfinite() and arrival.tokens == found.tokens.item() > 0
+    assert numbers["loss"] == found.loss.item() and numbers["norm"] == found.norm.item()
 
 
 @pytest.mark.parametrize("form", [GPT, LLAMA], ids=["gpt", "llama"])
