@@ -97,16 +97,17 @@ def _kernels(python: str, work: Path, dry: bool) -> tuple[Step, list[Step], Step
     pytest = [python, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider"]
     tests = [*pytest, quick if dry else "tests/gpu"]
     checks = [Step("kernels", "tests", tests, most=160, timed=False)]
+    sanitizer = "compute-sanitizer"
     few = ["-k", "adamw or (softmax and causal) or (norm and (residual or rows_of_a_block))"]
     for kind, more in (("memcheck", ["--padding", "32"]), ("racecheck", [])):
         # Of ours alone; and torch asks the driver for things that it may not have.
         only = ["--kernel-name", "kns=megalite", "--report-api-errors", "no", *more]
-        sanitizer = ["compute-sanitizer", "--tool", kind, "--error-exitcode", "9", *only]
+        how = [_program(sanitizer) or sanitizer, "--tool", kind, "--error-exitcode", "9", *only]
         # Each tensor an allocation of its own: what is beyond one is not inside another.
         alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        command = [*sanitizer, *pytest, quick, *few]
+        command = [*how, *pytest, quick, *few]
         check = Step("kernels", kind, command, most=160, timed=False, environment=alone)
-        check.wants = sanitizer[0]
+        check.wants = sanitizer
         checks.append(check)
     path = work / "kernels.json"
     small = ["--dry-run", "--rounds", "2"] if dry else []
