@@ -356,8 +356,13 @@ def main(argv: list[str] | None = None) -> int:
     steps = [s for s in steps_of(sys.executable, work, args.dry_run) if args.part in (None, s.part)]
     name = re.sub(r"[^A-Za-z0-9]+", "-", f"{about['date']}-{about['device']}").strip("-")
     name += f"-{args.part}" if args.part else ""
-    run_all(steps, lambda ended: write(about, steps, ended, target / name))
-    print(f"written: {(target / name).relative_to(ROOT)}.json and .md")
+    written = f"{(target / name).relative_to(ROOT)}.json and .md"
+    try:
+        run_all(steps, lambda ended: write(about, steps, ended, target / name))
+    except KeyboardInterrupt:
+        print(f"gpu: interrupted; steps that had ended are in {written}", file=sys.stderr)
+        return 130
+    print(f"written: {written}")
     return 1 if any(step.outcome.startswith(("FAILED", "stopped")) for step in steps) else 0
 
 
