@@ -115,8 +115,8 @@ class AttentionAsRanks(Attention):
         bias = None if self.qkv.bias is None else self._repeated(self.qkv.bias)
         fused = F.linear(x, self._repeated(self.qkv.weight), bias)
         if (lora := self.qkv.lora) is not None:
-            thin = F.linear(x, lora.down)
-            fused = fused + lora.scale * F.linear(thin, self._repeated(lora.up))
+            thin = F.linear(x, lora.down) * lora.scale  # there, as the layer has it
+            fused = fused + F.linear(thin, self._repeated(lora.up))
         if self.ring is not None:
             call = replace(call, context=self.ring)  # type: ignore[arg-type]
         return self.out(call.part("core-attention", partial(self._attend, call), fused), call)

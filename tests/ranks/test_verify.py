@@ -329,6 +329,8 @@ IN_BITS_ROWS = {
     "cp3 ring llama": {"cp": 3, "pp": 2, "recompute": "selective"},
     "tp2 pp2 kv1 zb-h2": {"tp": 2, "pp": 2, "schedule": "zb-h2", "sequence_parallel": False},
     "cp3 ulysses recompute": {"cp": 3, "cp_form": "ulysses", "recompute": "full", "zero": 1},
+    "tp4 kv1 adapters": {"tp": 4},
+    "cp3 ring adapters": {"cp": 3},
 }
 
 
@@ -336,6 +338,7 @@ IN_BITS_ROWS = {
 def test_no_bit_differs_from_one_process(name, ranks, tmp_path):
     kv = 2 if "kv2" in name else 1 if "kv1" in name else None
     form = {**FORMS["all"], "sliding_window": None} if "llama" in name else {}
+    form["lora_rank"] = 3 if "adapters" in name else 0
     model = ModelConfig(
         hidden_size=48, num_heads=12, num_kv_heads=kv, seq_len=24, dropout=0.1, **form
     )
