@@ -215,10 +215,12 @@ __device__ __forceinline__ void row_barrier() {
 
 // Up to N sums or maxima over threadIdx.x, given to all of its threads, always in the same order.
 //
-// A row is those threads of a block that have one threadIdx.y. One of one warp needs no barrier. The
-// warps of another come here together, and take a barrier of their row each time: two buffers in
-// turn, so that a warp that runs ahead does not overwrite what another still reads.
-template <int N> class OverRow {
+// A row is those threads of a block that have one threadIdx.y. One of one warp needs no barrier. All
+// others of a block come here together, or, with APART, those of a row alone, and take one barrier
+// each time: two buffers in turn, so that a warp that runs ahead does not overwrite what another
+// still reads. APART reserves all 16 barriers of a block, of which a Hopper processor has 64: it is
+// for kernels that have a processor to themselves.
+template <int N, bool APART = false> class OverRow {
 public:
     __device__ __forceinline__ explicit OverRow(float* shared) : shared_(shared) {}
 
@@ -233,7 +235,10 @@ public:
         if (lane == 0)
 #pragma unroll
             for (int i = 0; i < M; i++) buffer[i * MAX_WARPS + first + warp] = x.v[i];
-        row_barrier();
+        if constexpr (APART)
+            row_barrier();
+        else
+            __syncthreads();
 #pragma unroll
         for (int i = 0; i < M; i++)
             x.v[i] = lane < warps ? buffer[i * MAX_WARPS + first + lane] : Op::nothing;
@@ -310,7 +315,7 @@ inline int most_shared() {
     if (cudaGetDevice(&device)) return 0;
     return cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) ? 0 : bytes;
 #else
-    return emulator::SHARED_BYTES;
+    return emulator::shared_bytes();
 #endif
 }
 

@@ -24,17 +24,31 @@ template <class T, bool ADD> int forward(const NormForward<T>& a, void* stream) 
     return forward<T, V, 0, ADD>(a, stream);
 }
 
-// In one pass where a block holds a row, and as many rows at once as it has threads for.
+// In one pass where a block holds a row, and as many rows at once as it has threads for: alike on all
+// GPUs, so that sums have one order. Where shared memory is short, fewer rows are asked for ahead.
+template <class T, int K, int TURNS, bool ADD>
+int backward_turns(const NormBackward<T>& a, dim3 block, int shares, void* stream) {
+    constexpr int V = 16 / sizeof(T), EACH = backward_turn(K, ADD);
+    if constexpr (TURNS == 0) {
+        return -1;
+    } else {
+        if (TURNS * EACH > most_shared() - OTHER_SHARED)
+            return backward_turns<T, K, TURNS - 1, ADD>(a, block, shares, stream);
+        static_assert(MOST_BACKWARD_THREADS / (2 * WARP) < 16, "a barrier for each row");
+        auto* kernel = a.mean != nullptr || a.dbias != nullptr
+                           ? norm_backward<T, V, K, TURNS, ADD, true>
+                           : norm_backward<T, V, K, TURNS, ADD, false>;
+        return launch_with_shared(TURNS * EACH, kernel, dim3(shares), block, stream, a);
+    }
+}
+
 template <class T, bool ADD> int backward(const NormBackward<T>& a, int shares, void* stream) {
-    constexpr int V = 16 / sizeof(T), K = 4, EACH = backward_shared(K);
+    constexpr int V = 16 / sizeof(T), K = 4;
     const bool packs = a.n % V == 0 && aligned(16, a.dx, a.dy, a.x, a.dsum, a.affine.weight);
     const int threads = row_threads(a.n, V, K);
-    const int most = std::min(MOST_BACKWARD_THREADS, (most_shared() - OTHER_SHARED) / EACH);
-    if (packs && threads <= most) {
-        const dim3 block(threads, most / threads);
-        auto* kernel = a.mean ? norm_backward<T, V, K, ADD, true> : norm_backward<T, V, K, ADD, false>;
-        return launch_with_shared(int(block.x * block.y) * EACH, kernel, dim3(shares), block, stream, a);
-    }
+    if (packs && threads <= MOST_BACKWARD_THREADS)
+        return backward_turns<T, K, ADD ? 2 : 3, ADD>(
+            a, dim3(threads, MOST_BACKWARD_THREADS / threads), shares, stream);
     const dim3 row_block(forward_threads(row_threads(a.n, packs ? V : 1, 1)));
     auto* rows = packs ? norm_backward_rows<T, V, ADD> : norm_backward_rows<T, 1, ADD>;
     if (int error = launch(rows, dim3(a.rows), row_block, stream, a)) return error;

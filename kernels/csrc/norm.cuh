@@ -5,8 +5,9 @@
 //
 // A row's elements stay in its threads' registers from the first pass to the last, so x is read
 // once: mean first, then the sum of squares about it, as exact as Welford's and no dearer. Backward
-// is one pass, too: a block takes rows g, g + G, ..., and adds up its share of the weight's and the
-// bias' gradients in registers; `column_sum` adds the G shares. No atomics, one order of each sum.
+// is one pass, too: a block takes every G-th group of rows, which come into its shared memory, and
+// adds up its share of the weight's and the bias' gradients in registers; `column_sum` adds the G
+// shares. No atomics, one order of each sum.
 #pragma once
 
 #include "common.cuh"
@@ -215,21 +216,23 @@ __device__ __forceinline__ void add_rows(float* share, float* shared, int column
 }
 
 constexpr int MOST_BACKWARD_THREADS = 512;  // of 65,536 registers, with 128 each
-constexpr int BACKWARD_PACKS = 6;  // of K in shared memory: this row's, and those of rows to come
 
-// Bytes of shared memory for each thread.
-constexpr int backward_shared(int k) { return BACKWARD_PACKS * k * 16; }
+// Bytes of a block's shared memory for one row of each of its threads.
+constexpr int backward_turn(int k, bool adds) {
+    return (adds ? 3 : 2) * k * 16 * MOST_BACKWARD_THREADS;
+}
 
 // A row of K * V elements a thread, blockDim.y rows at once, each at its own pace. While one is worked
-// on, one or two more are on their way into shared memory, so that there is always something to move.
-template <class T, int V, int K, bool ADD, bool CENTERED>
-__global__ void __launch_bounds__(MOST_BACKWARD_THREADS) norm_backward(const NormBackward<T> a) {
-    constexpr int INPUTS = ADD ? 3 : 2, TURNS = BACKWARD_PACKS / INPUTS, AHEAD = TURNS - 1;
+// on, TURNS - 1 more are on their way into shared memory, so that there is always something to move.
+// CENTERED: there is a mean, or a bias.
+template <class T, int V, int K, int TURNS, bool ADD, bool CENTERED>
+__global__ void __launch_bounds__(MOST_BACKWARD_THREADS, 1) norm_backward(const NormBackward<T> a) {
+    constexpr int INPUTS = ADD ? 3 : 2, AHEAD = TURNS - 1;
     SHARED(float, shared, OVER_ROW_FLOATS(2));
     LAUNCHED_SHARED(uint4, packs);
-    OverRow<2> over_row(shared);
+    OverRow<2, true> over_row(shared);
     const int thread = threadIdx.y * blockDim.x + threadIdx.x;
-    uint4* mine = packs + thread / WARP * (BACKWARD_PACKS * K * WARP) + thread % WARP;
+    uint4* mine = packs + thread / WARP * (TURNS * INPUTS * K * WARP) + thread % WARP;
     const auto pack_at = [&](int turn, int input, int k) {
         return mine + ((turn * INPUTS + input) * K + k) * WARP;
     };
@@ -249,7 +252,7 @@ __global__ void __launch_bounds__(MOST_BACKWARD_THREADS) norm_backward(const Nor
     struct Statistics { float mean, rstd; };
     const auto statistics = [&](int64_t row) -> Statistics {
         if (row >= a.rows) return {};
-        return {CENTERED ? a.mean[row] : 0.0f, a.rstd[row]};
+        return {CENTERED && a.mean != nullptr ? a.mean[row] : 0.0f, a.rstd[row]};
     };
     float dweight[K][V] = {}, dbias[K][V] = {};
     const int64_t first = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
@@ -274,7 +277,7 @@ __global__ void __launch_bounds__(MOST_BACKWARD_THREADS) norm_backward(const Nor
                 g[i] *= along[i];
             }
         };
-        Values<2> sums = {};
+        Values<CENTERED ? 2 : 1> sums = {};
 #pragma unroll
         for (int k = 0; k < K; k++)
             if (column(k) < a.n) {
@@ -289,7 +292,9 @@ __global__ void __launch_bounds__(MOST_BACKWARD_THREADS) norm_backward(const Nor
                 }
             }
         sums = over_row.sum(sums);
-        const float along_unit = sums.v[0] * a.part, along_one = sums.v[1] * a.part;
+        const float along_unit = sums.v[0] * a.part;
+        float along_one = 0.0f;
+        if constexpr (CENTERED) along_one = a.mean != nullptr ? sums.v[1] * a.part : 0.0f;
 #pragma unroll
         for (int k = 0; k < K; k++)
             if (column(k) < a.n) {

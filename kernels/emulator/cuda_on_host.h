@@ -270,6 +270,12 @@ inline bool run_block(Order& order) {
     return block.error.empty();
 }
 
+// Of a GPU's block: EMULATOR_SHARED KiB, or as many as there are.
+inline int shared_bytes() {
+    const char* asked = std::getenv("EMULATOR_SHARED");
+    return asked ? std::atoi(asked) << 10 : int(SHARED_BYTES);
+}
+
 // All blocks of a grid, one after the other. 0, or 1 with block.error set.
 inline int run(dim3 grid, dim3 size, int launched_shared, std::function<void()> body) {
     block.count = int(size.x * size.y * size.z);
@@ -278,7 +284,8 @@ inline int run(dim3 grid, dim3 size, int launched_shared, std::function<void()> 
     block.launched_shared = launched_shared;
     block.body = std::move(body);
     block.error.clear();
-    if (block.count < 1 || block.count > 1024 || grid.y > 65535 || grid.z > 65535) {
+    if (block.count < 1 || block.count > 1024 || grid.y > 65535 || grid.z > 65535 ||
+        launched_shared > shared_bytes()) {
         block.error = "CUDA would refuse a launch of this size";
         return 1;
     }

@@ -22,14 +22,14 @@ from megalite.ops.splitmix import mix
 def keep_mask(hashed: Tensor, columns: Tensor, p: float) -> Tensor:
     """True with probability 1 - p: `hashed` row keys [..., 1] and `columns` [n] give [..., n].
 
-    Columns 2 i and 2 i + 1 share a hash: its lower and its upper 32 bits, numbers with a sign.
+    Columns 2 i and 2 i + 1 share a hash: its lower and its upper 32 bits, as signed numbers.
     """
     halves = mix(hashed ^ (columns >> 1)) >> 32 * (columns & 1)
     return halves.to(torch.int32) >= _least(p)
 
 
 def _least(p: float) -> int:
-    """What a number of 32 bits and a sign is not below with probability 1 - p."""
+    """What a signed number of 32 bits is not below with probability 1 - p."""
     return min(math.ceil(p * 2**32) - 2**31, 2**31 - 1)
 
 

@@ -35,14 +35,21 @@ OF_ALL = f"({FEW}) or steps or factor or fused_projection or bias_gradient"
 
 # What is wrong; the file, what stands there instead of what, and the words of the test that fails.
 BUGS = {
-    "read before it is written": ("common.cuh", "        row_barrier();\n", "", FALSE),
+    "read before it is written": ("common.cuh", " __syncthreads();\n", " {}\n", FALSE),
+    "row is read before it is written": ("common.cuh", " row_barrier();\n", " {}\n", FALSE),
     "overwritten before it is read": ("common.cuh", "        turn_ ^= 1;\n", "", FALSE),
     "half of a warp is added": ("common.cuh", "far = WARP / 2", "far = WARP / 4", FALSE),
     "some threads pass by a barrier": (
         "common.cuh",
-        "        row_barrier();\n",
-        "        if (warp) row_barrier();\n",
-        "while others wait at the row's barrier",
+        "            __syncthreads();\n",
+        "            { if (warp) __syncthreads(); }\n",
+        "while others wait at the barrier",
+    ),
+    "some of a row pass by its barrier": (
+        "common.cuh",
+        "            row_barrier();\n",
+        "            { if (warp) row_barrier(); }\n",
+        "one at the row's barrier of line",
     ),
     "rows are added before they are there": (
         "norm.cuh",
@@ -84,7 +91,8 @@ def planted(folder: Path, file: str, right: str, wrong: str) -> tuple[Path, list
     text = (sources / file).read_text()
     assert right in text
     (sources / file).write_text(text.replace(right, wrong, 1))
-    name = file.partition(".")[0].replace("common", "softmax")
+    # Rows with a barrier of their own are those of norm backward.
+    name = file.partition(".")[0].replace("common", "norm" if "row_b" in right else "softmax")
     for unit in sources.glob("*.cu"):
         if unit.stem not in (name, "version"):
             unit.unlink()

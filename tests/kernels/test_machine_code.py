@@ -108,3 +108,9 @@ def test_a_function_of_the_library_in_place_of_one_instruction_is_found(tmp_path
     out = built_with(tmp_path, "cross_entropy", "power_of_2(1.44269504f * x)", "expf(x)")
     with pytest.raises(build.BuildFailed, match="cross_entropy_forward.* instructions for each"):
         build.check_machine_code(out, "90")
+
+
+def test_kernel_that_reserves_all_barriers_is_found(tmp_path):
+    """Four blocks of it would fill a processor, however few threads they have."""
+    with pytest.raises(build.BuildFailed, match="softmax.* for sm_90 reserves 16 barriers"):
+        built_with(tmp_path, "softmax", "bool APART = false", "bool APART = true")

@@ -95,6 +95,23 @@ def test_many_rows_of_a_block(emulated, monkeypatch, adds, centered):
     compare(36, 2048, torch.bfloat16, centered=centered, adds=adds)
 
 
+@pytest.mark.parametrize("adds", [True, False])
+def test_gradients_are_the_same_bits_on_gpus_with_less_shared_memory(emulated, monkeypatch, adds):
+    """That of sm_90, sm_80 and sm_86: fewer rows are on their way, and no sum changes its order."""
+    monkeypatch.setattr(backend, "blocks_to_fill", lambda like: 1)
+    x, residual, dy = (drawn(36, 2048, dtype=torch.bfloat16, seed=seed) for seed in range(3))
+    weight = drawn(2048, dtype=torch.bfloat16, seed=3)
+    found = []
+    for kib in ("227", "163", "99"):
+        monkeypatch.setenv("EMULATOR_SHARED", kib)
+        leaves = [t.clone().requires_grad_() for t in (x, residual, weight)]
+        total, y = by_kernels(leaves[0], leaves[1] if adds else None, leaves[2], None)
+        torch.autograd.backward((total, y), (dy, dy)) if adds else y.backward(dy)
+        found.append([leaf.grad for leaf in leaves if leaf.grad is not None])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("h", [33, 256, 16400])
 @pytest.mark.parametrize("centered", [True, False])
