@@ -28,25 +28,23 @@ template <class T, bool ADD> int forward(const NormForward<T>& a, void* stream) 
 // GPUs, so that sums have one order. Where shared memory is short, fewer rows are asked for ahead.
 template <class T, int K, int TURNS, bool ADD>
 int backward_turns(const NormBackward<T>& a, dim3 block, int shares, void* stream) {
-    constexpr int V = 16 / sizeof(T), EACH = backward_turn(K, ADD);
-    if constexpr (TURNS == 0) {
-        return -1;
-    } else {
-        if (TURNS * EACH > most_shared() - OTHER_SHARED)
+    constexpr int V = 16 / sizeof(T), SHARED_BYTES = TURNS * backward_turn(K, ADD);
+    if constexpr (TURNS > 1)
+        if (SHARED_BYTES > most_shared() - OTHER_SHARED)
             return backward_turns<T, K, TURNS - 1, ADD>(a, block, shares, stream);
-        static_assert(MOST_BACKWARD_THREADS / (2 * WARP) < 16, "a barrier for each row");
-        auto* kernel = a.mean != nullptr || a.dbias != nullptr
-                           ? norm_backward<T, V, K, TURNS, ADD, true>
-                           : norm_backward<T, V, K, TURNS, ADD, false>;
-        return launch_with_shared(TURNS * EACH, kernel, dim3(shares), block, stream, a);
-    }
+    static_assert(MOST_BACKWARD_THREADS / (2 * WARP) < 16, "a barrier for each row");
+    auto* kernel = a.mean != nullptr || a.dbias != nullptr
+                       ? norm_backward<T, V, K, TURNS, ADD, true>
+                       : norm_backward<T, V, K, TURNS, ADD, false>;
+    return launch_with_shared(SHARED_BYTES, kernel, dim3(shares), block, stream, a);
 }
 
 template <class T, bool ADD> int backward(const NormBackward<T>& a, int shares, void* stream) {
     constexpr int V = 16 / sizeof(T), K = 4;
     const bool packs = a.n % V == 0 && aligned(16, a.dx, a.dy, a.x, a.dsum, a.affine.weight);
     const int threads = row_threads(a.n, V, K);
-    if (packs && threads <= MOST_BACKWARD_THREADS)
+    const bool fits = backward_turn(K, ADD) <= most_shared() - OTHER_SHARED;
+    if (packs && fits && threads <= MOST_BACKWARD_THREADS)
         return backward_turns<T, K, ADD ? 2 : 3, ADD>(
             a, dim3(threads, MOST_BACKWARD_THREADS / threads), shares, stream);
     const dim3 row_block(forward_threads(row_threads(a.n, packs ? V : 1, 1)));

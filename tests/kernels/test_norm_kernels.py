@@ -150,6 +150,11 @@ def test_weights_in_float32_beside_bfloat16(emulated):
         compare(4, h, torch.bfloat16, of_weight=torch.float32)
 
 
+def test_too_little_shared_memory_for_a_row_takes_the_form_without(emulated, monkeypatch):
+    monkeypatch.setenv("EMULATOR_SHARED", "64")
+    compare(9, 256, torch.bfloat16, adds=True)
+
+
 def test_many_rows_and_none(emulated):
     compare(65_600, 8, torch.bfloat16)
     compare(0, 24, torch.float32)
