@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import statistics
 import sys
 import time
@@ -27,7 +26,7 @@ from megalite.core.config import ModelConfig
 from megalite.core.mesh import Mesh
 from megalite.core.params import initialize
 from megalite.core.precision import DTYPES
-from megalite.data.atomic import write_atomic
+from megalite.data.atomic import write_json
 from megalite.generate.engine import Request, complete
 from megalite.generate.load import Place, untrained_share
 from megalite.generate.sample import Sampling
@@ -160,8 +159,7 @@ def main() -> int:
                 rows.append(row)
                 print(line_of(row), flush=True)
             if args.json:
-                with write_atomic(args.json) as file:
-                    file.write((json.dumps(rows, indent=1) + "\n").encode())
+                write_json(args.json, rows)
     # Rounded to bf16, logits of random weights tie now and then.
     differs = [row for row in rows if not row.get("same_text", True)]
     return 1 if differs and args.precision in ("fp32", "fp64") else 0

@@ -13,7 +13,6 @@ What torch compiles comes last, since compiling takes longest; OUT is whole afte
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -31,7 +30,7 @@ from kernel_cases import COMPILED, DRY, GROUPS, Call, Case, Sizes, peers
 from torch import Tensor
 
 from megalite.core.errors import UserError
-from megalite.data.atomic import write_atomic
+from megalite.data.atomic import write_json
 from megalite.ops import backend
 from megalite.ops.library import NoKernels
 
@@ -201,8 +200,7 @@ def main(argv: list[str] | None = None) -> int:
                     rows.append(row)
                     print(line_of(row, args.dry_run), flush=True)
                 if args.json:
-                    with write_atomic(args.json) as file:
-                        file.write((json.dumps(rows, indent=1) + "\n").encode())
+                    write_json(args.json, rows)
     return 0
 
 

@@ -25,6 +25,7 @@ from megalite.core import comm
 from megalite.core.config import Config, LayoutConfig, ModelConfig, TrainConfig
 from megalite.core.mesh import disconnect
 from megalite.core.world import World
+from megalite.data.atomic import write_json
 from megalite.data.loader import Synthetic
 from megalite.models.presets import num_parameters
 from megalite.plan.memory import stage_memory
@@ -143,7 +144,7 @@ def main() -> int:
             rows.append({**run_once(zero, args), "round": number})
     falls = summary(rows)
     if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, rows)
     return 0 if falls else 1
 
 

@@ -18,7 +18,6 @@ costs two delays; its row has no bound.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -37,6 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megalite.core import comm
 from megalite.core.config import Config, LayoutConfig, ModelConfig, TrainConfig
 from megalite.core.log import Collective, Hold
+from megalite.data.atomic import write_json
 from megalite.train.build import Engine
 from megalite.train.loop import train_step
 from megalite.train.ranks import Ranks
@@ -220,7 +220,7 @@ def main() -> int:
                 flush=True,
             )
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, rows)
     return 0 if all(row["within"] for row in rows) else 1
 
 

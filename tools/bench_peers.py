@@ -14,7 +14,6 @@ count.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import sys
@@ -36,6 +35,8 @@ sys.path.insert(0, str(HERE))
 from harness import WORKLOADS, Workload, write_case  # noqa: E402
 from run_megalite import model_config  # noqa: E402
 from team import Team  # noqa: E402
+
+from megalite.data.atomic import write_json  # noqa: E402
 
 LOSS_TOLERANCE = 1e-4
 NOISE = 0.08
@@ -266,7 +267,7 @@ def main() -> None:
         results.append(compare(rival, args.given.get(rival.name, ""), args))
         report(results[-1])
     if args.json:
-        Path(args.json).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, results)
     apart = [r["peer"] for r in results if r.get("worst_loss_difference", 0.0) > LOSS_TOLERANCE]
     if apart:
         sys.exit(f"bench_peers: losses differ by more than {LOSS_TOLERANCE}: {', '.join(apart)}")

@@ -35,6 +35,7 @@ from megalite.core.params import constant, grad_of, landed, new_param
 from megalite.core.shard import whole
 from megalite.core.unit import Unit, plainly
 from megalite.core.world import World
+from megalite.data.atomic import write_json
 from megalite.parallel.pipeline import Pipeline
 from megalite.parallel.zero import Zero
 from megalite.schedule.action import Action, Op, Schedule
@@ -278,7 +279,7 @@ def main() -> int:
                 rows += [{"system": "megalite", **row, "round": number} for row in made_rows]
     found = summary(rows)
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, rows)
     if args.svg:
         draw(found, args.svg)
     return 0 if all(row["within"] for row in found) else 1

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import base64
 import importlib.util
-import json
 import random
 import tempfile
 import time
@@ -18,7 +17,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from megalite.data.atomic import write_atomic
+from megalite.data.atomic import write_json
 from megalite.data.bpe import train
 from megalite.data.documents import find_inputs, read_documents
 from megalite.data.tokenizer import Tokenizer
@@ -45,8 +44,7 @@ def main() -> None:
         for name, make in HOSTILE.items():
             _report(rows, "megalite", f"hostile {name}", _time_hostile(make, path, args.rounds))
     if args.json:
-        with write_atomic(args.json) as file:
-            file.write((json.dumps(rows, indent=1) + "\n").encode())
+        write_json(args.json, rows)
 
 
 def _report(rows: list[dict[str, Any]], system: str, workload: str, found: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 # Run from a checkout that is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megalite.data.atomic import write_atomic
+from megalite.data.atomic import write_json
 from megalite.models.presets import PRESETS
 from megalite.schedule.generators import SCHEDULES
 
@@ -148,8 +148,7 @@ def main() -> None:
             rows.append({**run_once(layout, args), "round": number})
     summary(rows, layouts)
     if args.json:
-        with write_atomic(args.json) as file:
-            file.write((json.dumps(rows, indent=1) + "\n").encode())
+        write_json(args.json, rows)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ mutants.py.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import re
 import sys
@@ -29,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megalite.core.config import Config, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
 from megalite.core.errors import RunError
+from megalite.data.atomic import write_json
 from megalite.schedule.action import Action, Schedule, needs
 from megalite.schedule.check import check
 from megalite.schedule.generators import SCHEDULES
@@ -231,7 +231,7 @@ def main() -> int:
     for (op, change), why in EQUIVALENT.items():
         print(f"equivalent: {op}, {change}: {why}")
     if args.json:
-        Path(args.json).write_text(json.dumps({"seed": args.seed, "rows": rows}, indent=1) + "\n")
+        write_json(args.json, {"seed": args.seed, "rows": rows})
     return int(any(row["came_of_it"] == "SURVIVED" for row in rows))
 
 

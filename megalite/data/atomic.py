@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from megalite.core.errors import RunError
 
@@ -38,3 +39,9 @@ def write_atomic(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike[str], tree: Any) -> None:
+    """`tree` as JSON, one item a line. Raises as write_atomic."""
+    with write_atomic(path) as file:
+        file.write((json.dumps(tree, indent=1) + "\n").encode())

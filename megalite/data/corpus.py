@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from megalite.core.config import PathText
 from megalite.core.errors import DataError, UserError
-from megalite.data.atomic import write_atomic
+from megalite.data.atomic import write_atomic, write_json
 
 # Tests differ between builds of Python, tables teach nothing, and the rest is not always installed.
 SKIPPED_DIRECTORIES = {
@@ -79,8 +79,7 @@ def build_corpus(args: CorpusArgs) -> None:
         "valid": valid,
         "skipped": dict(sorted(skipped.items())),
     }
-    with write_atomic(out / "corpus.json") as file:
-        file.write((json.dumps(meta, indent=2) + "\n").encode())
+    write_json(out / "corpus.json", meta)
     share = f"{len(documents)} documents, {meta['bytes'] / 1e6:.2f} MB, {len(held_out)} held out"
     print(f"{out}: {share}, Python {meta['python']}, sha256 {digest[:12]}")
 

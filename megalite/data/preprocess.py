@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator
@@ -15,14 +14,14 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
 
 from megalite.core.config import PathText
 from megalite.core.errors import UserError
-from megalite.data.atomic import write_atomic
+from megalite.data.atomic import write_json
 from megalite.data.documents import find_inputs, read_documents
 from megalite.data.indexed import IndexedWriter
 from megalite.data.tokenizer import Tokenizer
@@ -82,7 +81,7 @@ def preprocess(args: PreprocessArgs) -> None:
         # An older index goes first: a run killed from here on leaves no mixture that loads.
         writer.idx_path.unlink(missing_ok=True)
         tokenizer.save(f"{args.out}.tokenizer.json")
-        _write_meta(f"{args.out}.json", meta)
+        write_json(f"{args.out}.json", meta)
     ratio = f"{texts.text_bytes / tokens:.2f} bytes a token"
     print(f"{args.out}: {texts.documents:,} documents, {tokens:,} tokens, {ratio}")
 
@@ -90,11 +89,6 @@ def preprocess(args: PreprocessArgs) -> None:
 def count_cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _write_meta(path: str, meta: dict[str, Any]) -> None:
-    with write_atomic(path) as file:
-        file.write((json.dumps(meta, indent=2) + "\n").encode())
 
 
 class _Measured:

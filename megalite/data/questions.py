@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 from megalite.core.config import PathText
 from megalite.core.errors import UserError
-from megalite.data.atomic import write_atomic
+from megalite.data.atomic import write_atomic, write_json
 from megalite.data.corpus import choose_held_out, read_sources
 
 ANSWER_LETTERS = range(12, 90)
@@ -219,8 +219,7 @@ def build_conversations(args: ConversationsArgs) -> None:
     }
     kinds = Counter(question.kind for question in questions)
     meta = {"python": platform.python_version(), "questions": dict(kinds), "conversations": counts}
-    with write_atomic(out / "conversations.json") as file:
-        file.write((json.dumps(meta, indent=2) + "\n").encode())
+    write_json(out / "conversations.json", meta)
     print(
         f"{out}: {len(questions)} questions, {len(train)} conversations, {len(valid)} held out, "
         f"{len(functions[0])} functions to write, {len(functions[1])} held out"

@@ -23,6 +23,7 @@ from megalite.core.errors import UserError
 from megalite.core.mesh import Mesh
 from megalite.core.params import named_parameters, traits_of
 from megalite.core.shard import slices
+from megalite.data.atomic import write_json
 from megalite.layers.linear import is_adapter
 from megalite.train.build import build_engine
 
@@ -65,7 +66,7 @@ def merge_lora(args: MergeArgs) -> None:
     tree = json.loads(json.dumps(plain.to_dict()))
     facts = replace(manifest, optimizer_steps=0, config=tree, tensors={}, files={}, loss_scaler={})
     save(out / "checkpoints", engine.optimizer, engine.mesh, facts)
-    (out / FILE_NAME).write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+    write_json(out / FILE_NAME, tree)
     for name in BESIDE:
         if (file := run_directory(directory) / name).exists():
             shutil.copy(file, out / name)

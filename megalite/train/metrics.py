@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from megalite.data.atomic import write_atomic
 
 TAGS = {
     "loss": "train/loss",
@@ -80,9 +81,8 @@ def _forget_after(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue  # the run was killed while it wrote this line
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text("".join(kept), encoding="utf-8")
-    os.replace(fresh, path)
+    with write_atomic(path) as file:
+        file.write("".join(kept).encode())
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:

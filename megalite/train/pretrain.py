@@ -7,11 +7,10 @@ numbers. Next: build.py for what a run is made of, loop.py for one step.
 from __future__ import annotations
 
 import json
-import os
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,14 +22,14 @@ from megalite.checkpoint.save import check_space, remove_partial, save
 from megalite.core import comm
 from megalite.core import mesh as mesh_module
 from megalite.core.config import FILE_NAME, FILES, Config
-from megalite.core.errors import CheckpointError, RunError, UserError
+from megalite.core.errors import CheckpointError, UserError
 from megalite.core.world import World
+from megalite.data.atomic import write_json
 from megalite.data.chat import CHAT_TEMPLATE, Template
 from megalite.layers.linear import is_adapter
 from megalite.optim.lr import learning_rate
 from megalite.schedule.simulate import bubble
 from megalite.train import console, flops
-from megalite.train.arrival import OF_PAIRS, Arrival
 from megalite.train.build import (
     build_engine,
     build_loader,
@@ -48,6 +47,7 @@ from megalite.train.metrics import Metrics, peak_memory_gb
 from megalite.train.own_files import as_tree, changed_files, check_own_code, own_files
 from megalite.train.pictures import draw_loss, draw_schedule, timeline
 from megalite.train.preference import Preferred, read_reference, set_reference
+from megalite.train.step_log import StepLog, due
 from megalite.train.steps import Steps
 from megalite.train.trace import Trace
 
@@ -65,22 +65,6 @@ def pretrain(config: Config, world: World, explain: Explain | None = None) -> No
     with failures_told(config, world, explain):
         Run(config, world).train()
         mesh_module.disconnect()
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Taken:
-    """A step, and what of it is known without waiting."""
-
-    step: int
-    samples: int
-    """Of the run, with this step's."""
-    size: int
-    """Tokens, masked or not."""
-    lr: float
-    began: float
-    peak_mem_gb: float
-    loss_scale: float | None
-    arrival: Arrival
 
 
 class Run:
@@ -107,17 +91,9 @@ class Run:
         self.loader = build_loader(self.engine, source)
         self.evaluations: list[Evaluation] = list(self._evaluations())
         check_space(self.out, self.engine.optimizer, self.mesh)
-        self.step, self.samples, self.tokens = self._start_point()
+        self.step, self.samples, self.tokens_before = self._start_point()
         self.evaluated_at: int | None = None
         self.steps = Steps(self.engine)
-        self.late = self.steps.late or self.device.type == "cuda"
-        """Steps are told once the next one is under way, which then need not wait for that."""
-        self.untold: list[_Taken] = []
-        """Steps that are neither written down nor said."""
-        self.arrived = 0.0
-        """When the last one told had ended."""
-        self.skipped = 0
-        """Steps that changed nothing, since the last line on the screen."""
         self.trace = Trace(self.out, self.mesh, config.train.traced)
 
     def train(self) -> None:
@@ -143,8 +119,16 @@ class Run:
             self._say(f"resumed at step {self.step} from {self.out}/checkpoints")
             if 0 < train.traced.stop <= self.step + 1:
                 self._say(f"megalite: warning: --trace-steps {train.trace_steps}: taken before")
-        peak = None if self.peak is None else self.peak * self.world.size
-        self.progress = console.Progress(config, self.step, self.samples, peak=peak)
+        self.log = StepLog(
+            self.engine,
+            late=self.steps.late or self.device.type == "cuda",
+            step=self.step,
+            samples=self.samples,
+            tokens=self.tokens_before,
+            peak=self.peak,
+            metrics=metrics,
+            say=self._say,
+        )
         began = time.monotonic()
         saved = self.step
         while self.step < train.train_steps:
@@ -153,11 +137,11 @@ class Run:
             self.trace.leave(self.step)
             if self.step == train.traced.stop - 1:
                 self._write_trace()
-            last, evaluates = self.step == train.train_steps, _due(self.step, train.eval_interval)
-            saves = asked or last or _due(self.step, train.save_interval)
+            last, evaluates = self.step == train.train_steps, due(self.step, train.eval_interval)
+            saves = asked or last or due(self.step, train.save_interval)
             if evaluates or saves:
                 self.steps.settle()
-                asked |= self._tell(but=0)
+                asked |= self.log.tell()
             if evaluates:
                 self._evaluate(last=last)
             if asked or saves:
@@ -183,76 +167,15 @@ class Run:
         began = time.monotonic()
         self.mesh.log.doing("data")
         batch = config.batch_at(self.samples)
-        per_step = batch * config.model.seq_len
         lr = self._learning_rate()
         calls = self.loader.step(self.samples, config.num_microbatches(self.world.size, batch))
         found = self.steps.take(calls, lr=lr, stop=self.stop.asked)
         self.step += 1
         self.samples += batch
-        taken = _Taken(
-            step=self.step,
-            samples=self.samples,
-            size=per_step,
-            lr=lr,
-            began=began,
-            peak_mem_gb=peak_memory_gb(self.device),
-            loss_scale=None if self.engine.optimizer.scaler is None else found.loss_scale,
-            arrival=Arrival(found, self.device, prefers=config.data.prefers),
+        size = batch * config.model.seq_len
+        return self.log.add(
+            found, step=self.step, samples=self.samples, size=size, lr=lr, began=began
         )
-        self.untold.append(taken)
-        return self._tell(but=1 if self.late else 0)
-
-    def _tell(self, *, but: int) -> bool:
-        """Write down and say what is untold, but for that many steps; whether one says to stop."""
-        asked, train = False, self.config.train
-        while len(self.untold) > but:
-            taken = self.untold.pop(0)
-            step, scale = taken.step, taken.loss_scale
-            numbers = taken.arrival.read()
-            loss, norm = numbers["loss"], numbers["norm"]
-            # Of a loss that is scaled, update has skipped what overflowed.
-            skipped = scale is not None and not console.is_number(norm)
-            if not console.is_number(loss) or not (console.is_number(norm) or skipped):
-                raise RunError(
-                    f"step {step}: loss {loss}, gradient norm {norm} (lower --lr, or raise "
-                    "--warmup-steps; earlier checkpoints are intact)"
-                )
-            self.skipped += skipped
-            self.tokens += taken.arrival.tokens
-            seconds = self._seconds(taken)
-            self.mesh.log.doing("write metrics")
-            if self.metrics is not None:
-                line = {
-                    "tokens": self.tokens,
-                    "samples": taken.samples,
-                    "loss": loss,
-                    "lr": taken.lr,
-                    "grad_norm": None if skipped else norm,
-                    "step_ms": 1000 * seconds,
-                    "tokens_per_s": taken.size / seconds,
-                    **flops.rates(
-                        self.config.model, taken.size / seconds / self.world.size, self.peak
-                    ),
-                    "peak_mem_gb": taken.peak_mem_gb,
-                    "loss_scale": scale,
-                    "skipped": int(skipped),
-                    **{name: numbers[name] for name in OF_PAIRS if name in numbers},
-                }
-                self.metrics.write(step, **line)
-            if _due(step, train.log_interval) or step in (1, train.train_steps):
-                words = self.progress.line(
-                    step, samples=taken.samples, loss=loss, norm=norm, lr=taken.lr
-                )
-                self._say(words + console.scaling(scale, self.skipped))
-                self.skipped = 0
-            asked |= numbers["stop"] > 0
-        return asked
-
-    def _seconds(self, taken: _Taken) -> float:
-        """How long a step took: since the one before had ended, if it was launched before that."""
-        assert taken.arrival.at is not None
-        before, self.arrived = self.arrived, taken.arrival.at
-        return self.arrived - max(taken.began, before)
 
     def _learning_rate(self) -> float:
         """Of the next step."""
@@ -263,8 +186,7 @@ class Run:
         if optim.lr_decay_by == "tokens":
             length = config.model.seq_len
             spent = {name: config.samples_after(n) * float(length) for name, n in ends.items()}
-            untold = sum(taken.arrival.tokens for taken in self.untold)
-            spent["done"] = float(self.tokens + untold + config.batch_at(self.samples) * length)
+            spent["done"] = float(self.log.tokens + config.batch_at(self.samples) * length)
         return learning_rate(optim, **spent)
 
     def _evaluate(self, *, last: bool) -> None:
@@ -296,7 +218,7 @@ class Run:
         facts = mf.Manifest(
             step=self.step,
             samples=self.samples,
-            tokens=self.tokens,
+            tokens=self.log.tokens,
             optimizer_steps=self.engine.optimizer.step_count,
             config=json.loads(json.dumps(self.config.to_dict())),
             made_with={
@@ -359,10 +281,7 @@ class Run:
         comm.barrier(self.mesh.world)
         if self._is_first:
             self.out.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(as_tree(self.config, self.files), indent=1) + "\n"
-            fresh = self.out / f"{FILE_NAME}.tmp"
-            fresh.write_text(text, encoding="utf-8")
-            os.replace(fresh, self.out / FILE_NAME)
+            write_json(self.out / FILE_NAME, as_tree(self.config, self.files))
             if self.tokenizer is not None:
                 self.tokenizer.save(self.out / "tokenizer.json")
             if self.config.data.talks:
@@ -413,7 +332,7 @@ class Run:
         draw_loss(self.out, self.out / "loss.png")
         gigabytes = peak_memory_gb(self.device)
         self._say(
-            f"done   {self.step} steps, {console.count(self.tokens)} tokens in "
+            f"done   {self.step} steps, {console.count(self.log.tokens)} tokens in "
             f"{console.duration(seconds)} | peak {1024 * gigabytes:.0f} MB/rank | "
             f"{self.out}/loss.png, {self.out}/schedule.svg"
         )
@@ -424,10 +343,6 @@ class Run:
                 asked = ["chat", str(self.out), "--temperature", "0"]
             words += [console.command("megalite", *asked), "|"]
         self._say(" ".join([*words, console.command("tensorboard", "--logdir", f"{self.out}/tb")]))
-
-
-def _due(step: int, interval: int) -> bool:
-    return interval > 0 and step % interval == 0
 
 
 def _check_same_model(config: Config, manifest: mf.Manifest, directory: Path) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 from megalite.core.config import Config, LayoutConfig, ModelConfig
 from megalite.core.errors import RunError, UserError
 from megalite.core.world import World
-from megalite.data.atomic import write_atomic
+from megalite.data.atomic import write_json
 from megalite.train.as_ranks import rounding_of
 from megalite.train.build import pick_device
 from megalite.train.covering import Coverage, Drawn, Space, draw_rows, name_of, small_ramp
@@ -89,8 +89,7 @@ def verify(run: VerifyRun) -> int:
             results.append(compare_row(row, ranks, Path(folder), numbers, asked.steps))
             if asked.json:  # after each row: a run that is killed leaves those that were done
                 tree = tree_of(run, precision, results, coverage, rows_asked=len(rows))
-                with write_atomic(asked.json) as file:
-                    file.write((json.dumps(tree, indent=1) + "\n").encode())
+                write_json(asked.json, tree)
             print("\n".join(table_lines(results[-1])), flush=True)
     failed = sum(not result.ok for result in results)
     if coverage is not None:

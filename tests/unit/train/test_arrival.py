@@ -9,7 +9,7 @@ import torch
 from megalite.core.comm import Pending
 from megalite.train.arrival import Arrival
 from megalite.train.loop import Reduced
-from megalite.train.pretrain import Run
+from megalite.train.step_log import StepLog
 
 CPU = torch.device("cpu")
 
@@ -37,8 +37,8 @@ def test_tokens_counted_before_the_sums_do_not_wait_for_them():
 
 
 def test_step_launched_ahead_takes_the_time_since_the_one_before_had_ended():
-    run, times = SimpleNamespace(arrived=0.0), []
+    run, times = SimpleNamespace(_arrived=0.0), []
     for began, at in ((5.0, 15.0), (6.0, 19.0), (25.0, 26.0)):
         taken = SimpleNamespace(began=began, arrival=SimpleNamespace(at=at))
-        times.append(Run._seconds(run, taken))
+        times.append(StepLog._seconds(run, taken))
     assert times == [10.0, 4.0, 1.0]
