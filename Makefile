@@ -46,7 +46,7 @@ demo: .venv/stamp ## raw text to a model that answers, 8 ranks as TP2 x PP2 x DP
 	examples/demo.sh $(ARGS)
 
 test: .venv/stamp ## all tests that need no GPU and no other system; lists why any is skipped
-	$(PY) -m pytest --ignore=tests/peers --ignore=tests/gpu $(ARGS)
+	$(PY) -m pytest -n auto --dist worksteal --ignore=tests/peers --ignore=tests/gpu $(ARGS)
 
 test-peers: .venv-peers/stamp ## compares with the real tokenizers and TensorBoard
 	.venv-peers/bin/python -m pytest tests/peers $(ARGS)

@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -38,8 +39,8 @@ ONE_A_ROW = ("cross_entropy_forward",)
 MOST_NARROW = {"LDG": 6, "STG": 4}
 """Narrower accesses that a kernel of packs may have: a row's statistics, its label or mask, the
 last few numbers of a range. A row that is moved in halves would have more."""
-HALVES = ("adamw",)
-"""Kernels of packs of float32 whose narrower numbers beside them go in halves of a pack."""
+HALVES = re.compile(r"adamwILi\d+E(?!ffE)")
+"""Kernels of packs of float32 whose gradients or copies, being narrower, go in halves of a pack."""
 MOST_INSTRUCTIONS = 124
 """For each access of 16 bytes, those of rare cases counted, too. An H200's 132 processors issue 128
 threads' instructions each at 1.98 GHz: eight for each byte of its 4.3 TB/s. A kernel of more would
@@ -160,7 +161,7 @@ def accesses(sass: str) -> dict[str, Counter[tuple[str, int]]]:
 
 def faults_of(kernel: str, found: Counter[tuple[str, int]]) -> Iterator[str]:
     """What is wrong with a kernel that moves packs: its accesses, or too much beside them."""
-    whole = 64 if any(name in kernel for name in HALVES) else 128
+    whole = 64 if HALVES.search(kernel) else 128
     for kind, most in MOST_NARROW.items():
         narrow = sum(n for (of, bits), n in found.items() if of == kind and bits < whole)
         if narrow > most:
@@ -187,20 +188,20 @@ def build_emulated(out: Path, *, sanitize: bool = False, sources: Path = SOURCES
 
 def _compile(compiler: list[str], linker: list[str], out: Path, sources: Path = SOURCES) -> str:
     """Each source by `compiler`, one on each core, then one library; gives what they print."""
-    work = (HERE.parent / "build" if sources == SOURCES else sources) / out.stem
-    work.mkdir(parents=True, exist_ok=True)
     define = f'-DSOURCE_HASH="{source_hash(sources)}"'
-
-    def compiled(source: Path) -> tuple[str, str]:
-        made = str(work / f"{source.stem}.o")
-        return made, _run([*compiler, define, "-c", str(source), "-o", made])
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        made = list(pool.map(compiled, sorted(sources.glob("*.cu"))))
-    part = out.with_suffix(".part")  # a library in use is replaced, never written over
     out.parent.mkdir(parents=True, exist_ok=True)
-    _run([*linker, "-o", str(part), *(name for name, _ in made)])
-    part.replace(out)
+    # Another build of it may run beside this one; a library in use is replaced, never written over.
+    with TemporaryDirectory(prefix=f"{out.stem}-", dir=out.parent) as work:
+
+        def compiled(source: Path) -> tuple[str, str]:
+            made = os.path.join(work, f"{source.stem}.o")
+            return made, _run([*compiler, define, "-c", str(source), "-o", made])
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            made = list(pool.map(compiled, sorted(sources.glob("*.cu"))))
+        linked = os.path.join(work, out.name)
+        _run([*linker, "-o", linked, *(name for name, _ in made)])
+        os.replace(linked, out)
     return "\n".join(words for _, words in made)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +20,12 @@ def pytest_report_header(config: pytest.Config) -> str:
     """Say which form of the oracle this is."""
     every = config.getoption("every_row")
     return "oracle: every row" if every else "oracle: everyday rows (--every-row runs all of them)"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Of `-n auto`: one a core, but few, as a test may start eight ranks."""
+    return min(4, os.cpu_count() or 1)
 
 
 @pytest.fixture(scope="session")

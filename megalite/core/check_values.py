@@ -79,12 +79,13 @@ def unknown(what: str, value: str, names: Iterable[str]) -> str:
     return f"unknown {what} {value!r} ({hint}known: {', '.join(known)})"
 
 
-def kinds_of(hint: Any) -> tuple[list[Any], bool]:
+@functools.cache
+def kinds_of(hint: Any) -> tuple[tuple[Any, ...], bool]:
     """The types a hint allows without None, and whether it allows None."""
     bare = _without_marks(hint)
     is_union = get_origin(bare) in (Union, types.UnionType)
     members = [_without_marks(m) for m in get_args(bare)] if is_union else [bare]
-    return [m for m in members if m is not type(None)], type(None) in members
+    return tuple(m for m in members if m is not type(None)), type(None) in members
 
 
 def _without_marks(hint: Any) -> Any:
@@ -124,21 +125,24 @@ def check_value(name: str, value: Any, hint: Any, *, label: str = "") -> None:
 
     `label` is how the text begins: what the user typed, where that says more (1e400 is inf).
     """
+    if fault := _fault_of(name, value, hint):
+        raise UserError(f"{label or f'{flag(name)} {value}'}: {fault}")
+
+
+def _fault_of(name: str, value: Any, hint: Any) -> str:
     kinds, may_be_none = kinds_of(hint)
     if value is None and may_be_none:
-        return
-    label = label or f"{flag(name)} {value}"
+        return ""
     if not any(_is_of(value, kind) for kind in kinds):
-        raise UserError(f"{label}: expected {expected(kinds[0])}")
+        return f"expected {expected(kinds[0])}"
     if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return
+        return ""
     rule = RULE_OF.get(name)
-    noun = "a finite number" if float in kinds else "an integer"
     if not math.isfinite(value) or (rule is not None and not RULES[rule](value)):
-        raise UserError(f"{label}: must be {noun}{f' {rule}' if rule else ''}")
+        noun = "a finite number" if float in kinds else "an integer"
+        return f"must be {noun}{f' {rule}' if rule else ''}"
     largest = LARGEST_SEED if name == "seed" else LARGEST_INT
-    if int in kinds and abs(value) > largest:
-        raise UserError(f"{label}: must be at most {largest}")
+    return f"must be at most {largest}" if int in kinds and abs(value) > largest else ""
 
 
 @functools.cache

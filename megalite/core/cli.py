@@ -63,7 +63,7 @@ class Option:
 
     @property
     def is_switch(self) -> bool:
-        return kinds_of(self.hint)[0] == [bool]
+        return kinds_of(self.hint)[0] == (bool,)
 
 
 def parse(

@@ -85,13 +85,14 @@ def test_halves_beside_whole_packs_are_found():
     assert found == [f"{PACKS} has 9 LDG of less than 128 bits"]
 
 
-def test_float32_beside_narrower_numbers_may_take_halves():
-    kernel = PACKS.replace("12norm_forward", "5adamw")
-    rows = ONE + "  LDG.E.64 R4, [R2] ;\n" * 8
-    assert not list(build.faults_of(kernel, build.accesses(rows)[PACKS]))
-    rows = ONE + "  LDG.E R4, [R2] ;\n" * 8
-    found = list(build.faults_of(kernel, build.accesses(rows)[PACKS]))
-    assert found == [f"{kernel} has 9 LDG of less than 64 bits"]
+@pytest.mark.parametrize("types, whole", [("13__nv_bfloat16f", 64), ("f6__half", 64), ("ff", 128)])
+def test_packs_of_float32_beside_narrower_numbers_may_take_halves(types, whole):
+    kernel = f"_ZN8megalite5adamwILi4E{types}EEvNS_5AdamWIT0_T1_EE"
+    for bits, wrong in ((whole, False), (whole // 2, True)):
+        width = {32: "", 64: ".64", 128: ".128"}[bits]
+        rows = ONE + f"  LDG.E{width} R4, [R2] ;\n" * 8
+        found = list(build.faults_of(kernel, build.accesses(rows)[PACKS]))
+        assert found == [f"{kernel} has 9 LDG of less than {whole} bits"] * wrong
 
 
 def test_more_instructions_than_can_be_issued_meanwhile_are_found():
