@@ -130,6 +130,7 @@ def load_optimizer(reader: Reader, optimizer: Optimizer) -> None:
     and take the loss scale.
     """
     zero = optimizer.zero
+    zero.settle()  # a gather of a step before would put its numbers over those that are read
     axes = zero.mesh.axes
     for idx, bucket in enumerate(zero.buckets):
         base, end = bucket.updated

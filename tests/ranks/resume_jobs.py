@@ -11,17 +11,20 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+from torch import Tensor
 
 from megalite.checkpoint import manifest as mf
 from megalite.checkpoint import save as save_module
 from megalite.checkpoint.load import Reader, load_optimizer, load_weights, newest_for_all
 from megalite.checkpoint.save import save
+from megalite.core import comm
 from megalite.core.comm import barrier
 from megalite.core.config import Config
 from megalite.core.errors import CheckpointError, PeerFailed, RunError
-from megalite.core.mesh import Mesh
+from megalite.core.mesh import Axis, Mesh
 from megalite.core.params import named_parameters, traits_of
 from megalite.core.shard import slices
 from megalite.data.loader import Synthetic
@@ -29,6 +32,7 @@ from megalite.generate.engine import Request, complete
 from megalite.generate.sample import Sampling
 from megalite.generate.share import make_share
 from megalite.optim.lr import learning_rate
+from megalite.parallel import gather
 from megalite.train.build import Engine, build_loader
 from megalite.train.steps import Steps
 from tests.ranks.jobs import engine_of
@@ -225,6 +229,25 @@ def train_save_and_go_on(rank: int, world: int, config: dict, out: str) -> list[
     samples, _ = advance(engine, 0, 2)
     save(Path(out) / "checkpoints", engine.optimizer, engine.mesh, facts(engine.config, 2, samples))
     return losses_of(engine, samples, 2)
+
+
+class LateGather:
+    """Parameters of an update that are sent as they were, and put in place when waited for."""
+
+    def __init__(self, x: Tensor, axis: Axis, *, out: Tensor):
+        self.x, self.axis, self.out = x.clone(), axis, out
+
+    def wait(self) -> Tensor:
+        return comm.all_gather_start(self.x, self.axis, out=self.out).wait()
+
+
+def move_with_gathers_that_come_late(rank: int, world: int, **kwargs) -> list[list[float]]:
+    """`move`, where what a step sends is on its way for as long as it may be."""
+    gather.comm = SimpleNamespace(all_gather_start=LateGather)
+    try:
+        return move(rank, world, **kwargs)
+    finally:
+        gather.comm = comm
 
 
 def move(rank: int, world: int, config: dict, runs: dict[str, str]) -> list[list[float]]:

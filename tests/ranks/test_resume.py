@@ -201,6 +201,20 @@ def test_run_that_moves_is_the_run_that_stays(target, stayed, run_ranks, tmp_pat
         assert found[0][idx] == pytest.approx(losses, rel=0, abs=1e-6), name
 
 
+def test_load_after_a_step_waits_for_what_the_step_sends(run_ranks, stayed, tmp_path):
+    """A gather still under way would put the numbers of before over those that were loaded."""
+    run, losses, wholes = stayed["one"]
+    found = run_ranks(
+        f"{JOBS}:move_with_gathers_that_come_late",
+        2,
+        config=config_of({"dp": 2, "zero": 1}).to_dict(),
+        runs={str(run): str(tmp_path / "once"), f"{run}/": str(tmp_path / "again")},
+    )
+    moved = whole_tensors(tmp_path / "again" / "checkpoints" / "step-00000002")
+    assert all(torch.equal(moved[tensor], whole) for tensor, whole in wholes.items())
+    assert found[0][1] == pytest.approx(losses, rel=0, abs=1e-6)
+
+
 CHAIN = [
     {"tp": 2, "dp": 2, "zero": 1},
     {"dp": 3, "zero": 3},
